@@ -1,0 +1,40 @@
+BIN := .venv/bin
+
+help:  ## list the targets
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## */\t/' | expand -t 12
+
+install: .venv/installed  ## make .venv and install the package into it
+.venv/installed: pyproject.toml .ci/constraints.txt
+	python3 -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt --editable .
+	touch $@
+
+.venv/dev: .venv/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt --editable '.[dev]'
+	touch $@
+
+train: .venv/installed  ## train the laptop's GPT on whatever this machine has
+	$(BIN)/lightning-gpt fit --config configs/laptop.yaml
+
+generate: .venv/installed  ## write text from the newest best checkpoint
+	$(BIN)/lightning-gpt generate
+
+board: .venv/installed  ## look at the runs: TensorBoard on http://127.0.0.1:6006
+	$(BIN)/tensorboard --logdir checkpoints --host 127.0.0.1
+
+test: .venv/dev  ## pass the tests, in about a minute
+	$(BIN)/pytest -m "not slow"
+
+test-all: .venv/dev  ## pass the slow tests too
+	$(BIN)/pytest
+
+lint: .venv/dev  ## check style and types
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+clean:  ## remove what can be rebuilt; runs below checkpoints/ stay
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+
+.DEFAULT_GOAL := help
+.PHONY: help install train generate board test test-all lint clean

@@ -1,0 +1,177 @@
+"""Watchers and savers. A callback looks, logs and writes files; none changes what is trained."""
+
+import sys
+import time
+from itertools import groupby
+from pathlib import Path
+from typing import Any, cast
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Checkpoint, TQDMProgressBar
+from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
+
+from .generation import generate
+from .model import GPT
+
+
+class SampleText(L.Callback):
+    """After each validation, rank 0 continues each prompt: all to TensorBoard (`samples`), the first to the console.
+
+    Training is bit for bit the same with and without it: it has a random generator of its own.
+
+    Args:
+        prompts: texts to go on from; null takes a few that the vocabulary can spell. Equally long ones go faster.
+        length: characters to write for each prompt; 0 switches samples off.
+        console_length: how many of the first sample's characters to print; 0 prints none.
+        temperature: below 1 safer, above 1 wilder; 0 takes the likeliest character.
+        top_k: draw among the k likeliest characters only; null draws from all.
+        seed: of the draws; the same one after every validation.
+    """
+
+    def __init__(
+        self,
+        prompts: list[str] | None = None,
+        length: int = 200,
+        console_length: int = 100,
+        temperature: float = 0.8,
+        top_k: int | None = None,
+        seed: int = 1337,
+    ):
+        self.prompts, self.length, self.console_length, self.seed = prompts, length, console_length, seed
+        self.how = {"temperature": temperature, "top_k": top_k}
+
+    def setup(self, trainer: L.Trainer, lm: L.LightningModule, stage: str) -> None:
+        tokenizer = trainer.datamodule.tokenizer
+        for prompt in self.prompts or []:
+            if not prompt:
+                raise ValueError("sample.prompts has an empty prompt: give it at least one character")
+            tokenizer.encode(prompt)  # an unknown character stops the run here, not at the first validation
+        likely = self.prompts or ["ROMEO:", "To be ", "What, "]
+        self.spelled = [p for p in likely if not tokenizer.unknown(p)] or [tokenizer.vocabulary[0]]
+
+    def on_validation_end(self, trainer: L.Trainer, lm: L.LightningModule) -> None:
+        if trainer.sanity_checking or not trainer.is_global_zero or not self.length or trainer.state.fn != "fit":
+            return
+        same_length = groupby(sorted(self.spelled, key=len), key=len)  # one batch each
+        texts = [text for _, prompts in same_length for text in self.sample(trainer, lm, list(prompts))]
+        if board := next((log for log in trainer.loggers if hasattr(log.experiment, "add_text")), None):
+            board.experiment.add_text("samples", "\n".join(f"```\n{text}\n```" for text in texts), trainer.global_step)
+        if self.console_length:
+            trainer.print("    " + texts[0].strip()[: self.console_length].replace("\n", "\n    "))
+
+    def sample(self, trainer: L.Trainer, lm: L.LightningModule, prompts: list[str]) -> list[str]:
+        tokenizer = trainer.datamodule.tokenizer
+        idx = torch.as_tensor(torch.stack([tokenizer.encode(prompt) for prompt in prompts]), device=lm.device)
+        dice = torch.Generator(lm.device).manual_seed(self.seed)
+        ids = generate(cast(GPT, lm.net), idx, self.length, generator=dice, **self.how)
+        return [tokenizer.decode(text) for text in ids]
+
+
+class Throughput(L.Callback):
+    """Logs `perf/tokens_per_second` of training, over all devices, without the time for validation and samples."""
+
+    def on_train_start(self, trainer: L.Trainer, lm: L.LightningModule) -> None:
+        self.tokens, self.since = 0, time.perf_counter()
+
+    def on_validation_end(self, trainer: L.Trainer, lm: L.LightningModule) -> None:
+        self.on_train_start(trainer, lm)
+
+    def on_train_batch_end(self, trainer: L.Trainer, lm: L.LightningModule, outputs, batch, batch_idx: int) -> None:
+        self.tokens += batch[1].numel() * trainer.world_size
+        if trainer.global_step % trainer.log_every_n_steps == 0:
+            now = time.perf_counter()
+            lm.log("perf/tokens_per_second", self.tokens / (now - self.since))
+            self.tokens, self.since = 0, now
+
+
+class SaveLast(Checkpoint):
+    """Writes last.ckpt: after each validation, every N steps, and when training ends.
+
+    Args:
+        dirpath: folder to write into.
+        every_n_steps: optimizer steps between two saves; 0 saves after validations and at the end only.
+    """
+
+    def __init__(self, dirpath: str, every_n_steps: int = 500):
+        self.path, self.every_n_steps, self.saved_step = Path(dirpath) / "last.ckpt", every_n_steps, -1
+
+    def save(self, trainer: L.Trainer) -> None:
+        if not (trainer.sanity_checking or trainer.fast_dev_run):
+            trainer.save_checkpoint(self.path)
+            self.saved_step = trainer.global_step
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_) -> None:
+        step, n = trainer.global_step, self.every_n_steps
+        if n and step % n == 0 and step != self.saved_step:
+            self.save(trainer)
+
+    def on_validation_end(self, trainer: L.Trainer, *_) -> None:
+        if trainer.state.fn == "fit":
+            self.save(trainer)
+
+    def on_train_end(self, trainer: L.Trainer, *_) -> None:
+        if trainer.global_step != self.saved_step:
+            self.save(trainer)
+
+
+class ValidateAtTheEnd(L.Callback):
+    """A run ends with a validation of its final weights, whatever max_steps and val_check_interval are."""
+
+    def on_train_batch_end(self, trainer: L.Trainer, *_) -> None:
+        if trainer.global_step == trainer.max_steps:
+            trainer.should_stop = True  # Lightning validates before it stops
+
+
+class Progress(TQDMProgressBar):
+    """One bar with loss, val loss and tokens per second; where no terminal is, a plain line now and then."""
+
+    SECONDS = 10  # between two plain lines
+
+    def __init__(self):
+        super().__init__(refresh_rate=10)
+        self.on_terminal = sys.stdout.isatty()
+        self.last_line = time.monotonic()
+
+    @property
+    def is_enabled(self) -> bool:
+        return super().is_enabled and self.on_terminal
+
+    def init_validation_tqdm(self) -> Tqdm:
+        return Tqdm(disable=True)  # one bar is enough
+
+    def on_train_epoch_start(self, trainer: L.Trainer, *_) -> None:
+        super().on_train_epoch_start(trainer)
+        self.train_progress_bar.set_description("Training")
+
+    def get_metrics(self, trainer: L.Trainer, lm: L.LightningModule) -> dict[str, int | str | float | dict[str, float]]:
+        seen = trainer.callback_metrics
+        shown = {"loss": "train/loss", "val": "val/loss"}
+        metrics: dict[str, int | str | float | dict[str, float]] = {
+            name: f"{seen[key]:.3f}" for name, key in shown.items() if key in seen
+        }
+        if (speed := seen.get("perf/tokens_per_second")) is not None:
+            metrics["tokens/s"] = f"{speed:,.0f}"
+        return metrics
+
+    def plain_line(self, trainer: L.Trainer, lm: L.LightningModule) -> None:
+        values = "  ".join(f"{name} {value}" for name, value in self.get_metrics(trainer, lm).items())
+        print(f"step {trainer.global_step}/{trainer.max_steps}  {values}", flush=True)
+        self.last_line = time.monotonic()
+
+    def on_train_batch_end(self, trainer: L.Trainer, lm: L.LightningModule, outputs, batch, batch_idx: int) -> None:
+        if self.on_terminal:
+            super().on_train_batch_end(trainer, lm, outputs, batch, batch_idx)
+        elif trainer.is_global_zero and time.monotonic() - self.last_line > self.SECONDS:
+            self.plain_line(trainer, lm)
+
+    def on_validation_end(self, trainer: L.Trainer, lm: L.LightningModule) -> None:
+        super().on_validation_end(trainer, lm)
+        if not self.on_terminal and trainer.is_global_zero and trainer.state.fn == "fit":
+            self.plain_line(trainer, lm)
+
+    def print(self, *args: Any, sep: str = " ", **kwargs: Any) -> None:
+        if self.on_terminal:
+            super().print(*args, sep=sep, **kwargs)
+        else:
+            print(*args, sep=sep, flush=True)

@@ -1,0 +1,304 @@
+"""lightning-gpt fit | validate | test | generate: LightningCLI, and what a checkpoint brings along."""
+
+import dataclasses
+import logging
+import os
+import shutil
+import sys
+import warnings
+from pathlib import Path
+from typing import NoReturn
+
+import lightning as L
+import torch
+import yaml
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from . import callbacks, checkpoint
+from .data import TinyShakespeare, mix
+from .generation import stream
+from .model import GPTConfig
+from .training import LanguageModel
+
+CONFIGS = Path(__file__).parent / "configs"
+TRAINER_DEFAULTS = {
+    "default_root_dir": str(checkpoint.ROOT),
+    "max_steps": 5000,
+    "val_check_interval": 250,
+    "check_val_every_n_epoch": None,  # steps are what counts: windows are drawn without end
+    "log_every_n_steps": 50,
+    "gradient_clip_val": 1.0,
+    "use_distributed_sampler": False,  # the data gives each rank its own share
+    "num_sanity_val_steps": 0,
+    "enable_model_summary": False,
+}
+# what may differ from the checkpoint: in fit all but what the weights were shaped by, else only what changes no figure
+FIXED_IN_FIT = {field.name for field in dataclasses.fields(GPTConfig)} - {"dropout"} | {"vocabulary"}
+FREE_IN_VALIDATE = {"corpus", "batch_size", "compile", "seed"}
+
+
+def generate(
+    ckpt_path: str = "best",
+    prompt: str = "\n",
+    max_new_tokens: int = 500,
+    temperature: float = 0.8,
+    top_k: int | None = None,
+    num_samples: int = 1,
+    seed: int = 1337,
+    device: str = "auto",
+) -> None:
+    """Write text from a checkpoint, character by character as it comes.
+
+    Args:
+        ckpt_path: checkpoint to sample from; best or last is the newest file of that name below checkpoints/.
+        prompt: the text to go on from.
+        max_new_tokens: characters to write.
+        temperature: below 1 safer, above 1 wilder; 0 takes the likeliest character.
+        top_k: draw among the k likeliest characters only; null draws from all.
+        num_samples: texts to write, each with dice of its own.
+        seed: another seed gives another text, the same one the same text.
+        device: auto, cpu, cuda, cuda:1, mps ...; auto takes the accelerator if there is one.
+    """
+    for name, value in {"max_new_tokens": max_new_tokens, "num_samples": num_samples}.items():
+        if value < 1:
+            raise ValueError(f"{name}={value} must be 1 or more")
+    if not prompt:
+        raise ValueError("the prompt is empty: give at least one character, such as a new line")
+    if device == "auto":
+        device = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
+    try:
+        dice = torch.Generator(device)
+    except RuntimeError as error:
+        raise ValueError(f"device={device} can't be used here: {str(error).splitlines()[0]}") from None
+    net, tokenizer = checkpoint.load(checkpoint.find(ckpt_path), device)
+    idx = torch.as_tensor(tokenizer.encode(prompt), device=device)[None]
+    for i in range(num_samples):
+        if i:
+            print("\n" + "-" * 40)
+        print(prompt, end="", flush=True)
+        dice.manual_seed(mix(seed, i))
+        for token in stream(net, idx, max_new_tokens, temperature=temperature, top_k=top_k, generator=dice):
+            print(tokenizer.decode(token), end="", flush=True)
+    print()
+
+
+class SaveConfig(SaveConfigCallback):
+    """Puts the run's settings into config.yaml of its folder and, as text, into every checkpoint."""
+
+    def text(self) -> str:
+        return self.parser.dump(self.config, skip_none=False, format="yaml")
+
+    def setup(self, trainer: L.Trainer, lm: L.LightningModule, stage: str) -> None:
+        if trainer.is_global_zero and stage == "fit":
+            folder = Path(trainer.checkpoint_callback.dirpath).parent
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "config.yaml").write_text(self.text())
+
+    def on_save_checkpoint(self, trainer: L.Trainer, lm: L.LightningModule, saved: dict) -> None:
+        saved["config"] = self.text()
+
+
+class Parser(LightningArgumentParser):
+    """Says what is wrong in one line; --help has the rest."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        print(f"lightning-gpt: error: {' '.join(message.split())}", file=sys.stderr)
+        sys.exit(2)
+
+
+class CLI(LightningCLI):
+    """LightningCLI with a name for the run, a checkpoint's own settings, and `generate`."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        skip = {"model", "datamodule", "dataloaders", "train_dataloaders", "val_dataloaders", "weights_only"}
+        return {"fit": skip, "validate": skip, "test": skip}
+
+    def add_arguments_to_parser(self, parser) -> None:
+        parser.add_argument("--name", default="gpt", help="The run's folder is checkpoints/NAME/version_N.")
+        parser.add_argument(
+            "--save_every_n_steps", type=int, default=500, help="Optimizer steps between two saves of last.ckpt."
+        )
+        parser.add_lightning_class_args(callbacks.SampleText, "sample")
+        # from model to data, as the checkpoint restores the model's
+        parser.link_arguments("model.block_size", "data.block_size")
+        parser.link_arguments("data.vocab_size", "model.vocab_size", apply_on="instantiate")
+        parser.link_arguments("seed_everything", "model.seed", compute_fn=int)
+        parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
+
+    def _add_subcommands(self, parser, **kwargs) -> None:
+        super()._add_subcommands(parser, **kwargs)
+        description = "Write text from a checkpoint."
+        sub = self.init_parser(description=description)
+        self._generate_args = sub.add_function_arguments(generate)
+        self._subcommand_parsers["generate"] = sub
+        parser._subcommands_action.add_subcommand("generate", sub, help=description)
+
+    def parse_arguments(self, parser, args) -> None:
+        self.config = parser.parse_args(args)
+        command = self.config.subcommand
+        if command == "generate" or (command == "fit" and not self.config.fit.ckpt_path):
+            return
+        path = checkpoint.find(self.config[command].ckpt_path or "best")
+        saved = checkpoint.read(path)
+        settings = yaml.safe_load(saved.get("config", "")) or {}
+        if command == "fit":
+            settings = {key: settings[key] for key in ("name", "trainer") if key in settings}
+        else:  # the precision it was trained in gives the very val/loss of that run
+            settings = {"trainer": {"precision": settings["trainer"]["precision"]}} if settings else {}
+        settings |= {"model": saved["hyper_parameters"], "data": saved["datamodule_hyper_parameters"]}
+        settings["seed_everything"] = settings["model"]["seed"]
+        # the checkpoint's settings come first, so that configs and flags win over them ...
+        at = args.index(command) + 1
+        as_config = yaml.safe_dump(plain(settings))
+        self.config = parser.parse_args([*args[:at], f"--config={as_config}", *args[at:], f"--ckpt_path={path}"])
+        # ... and where that must not be, the difference shows
+        refuse_contradictions(command, self.config[command], settings, path)
+
+    def _set_seed(self) -> None:
+        if self.config.subcommand != "generate":
+            super()._set_seed()
+
+    def _parse_ckpt_path(self) -> None:
+        """Done in parse_arguments; LightningCLI would put the checkpoint's settings over the flags, in silence."""
+
+    def instantiate_classes(self) -> None:
+        if self.config.subcommand != "generate":
+            super().instantiate_classes()
+
+    def instantiate_trainer(self, **kwargs) -> L.Trainer:
+        fit, config = self.config.subcommand == "fit", self.config[self.config.subcommand]
+        given = config.trainer
+        board = TensorBoardLogger(given.default_root_dir, name=config.name, default_hp_metric=False)
+        if given.logger is None or given.logger is True:
+            kwargs["logger"] = board if fit else False
+        watchers: list[L.Callback] = [callbacks.Progress()] if given.enable_progress_bar in (None, True) else []
+        if fit:
+            watchers += [callbacks.Throughput(), callbacks.ValidateAtTheEnd()]
+            if given.enable_checkpointing in (None, True):
+                folder = str(Path(board.log_dir) / "checkpoints")
+                watchers += [
+                    ModelCheckpoint(folder, filename="best", monitor="val/loss", enable_version_counter=False),
+                    callbacks.SaveLast(folder, config.save_every_n_steps),
+                ]
+        kwargs["callbacks"] = watchers + list(self.config_init[self.config.subcommand].trainer.callbacks or [])
+        try:
+            return super().instantiate_trainer(**kwargs)
+        except MisconfigurationException as error:
+            if "accelerator" not in str(error).lower() and "backend" not in str(error):
+                raise
+            raise ValueError(
+                f"trainer.accelerator={given.accelerator}: {error} Take auto, or cpu, which is always there"
+            ) from None
+
+    def before_fit(self) -> None:
+        if self.trainer.is_global_zero:
+            data, t = self.datamodule, self.trainer
+            size = sum(p.numel() for p in self.model.parameters())
+            print(
+                f"{size / 1e6:.2f}M parameters on {t.num_devices * t.num_nodes} x {t.strategy.root_device.type} "
+                f"({t.precision}), {len(data.train_tokens):,} characters to train on, {len(data.val_tokens):,} to "
+                f"validate, {t.max_steps:,} steps",
+                flush=True,
+            )
+
+    def after_fit(self) -> None:
+        best = self.trainer.checkpoint_callback
+        if not self.trainer.is_global_zero or not isinstance(best, ModelCheckpoint) or not best.best_model_path:
+            return
+        path = os.path.relpath(best.best_model_path)
+        me = "lightning-gpt" if shutil.which("lightning-gpt") else os.path.relpath(sys.argv[0])
+        if sys.argv[0].endswith("__main__.py"):
+            me = "python -m lightning_gpt"
+        loss = self.trainer.callback_metrics["val/loss"]
+        print(f"\nval/loss {loss:.4f} nats per character at the end, {best.best_model_score:.4f} at best\n{path}\n")
+        generate(path, max_new_tokens=300)
+        prompt = "" if self.datamodule.tokenizer.unknown("ROMEO:") else ' --prompt "ROMEO:"'
+        print(f"\nNext:\n  {me} generate{prompt}\n  {me} validate --ckpt_path {path}")
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        if subcommand == "generate":
+            generate(**{key: self.config.generate[key] for key in self._generate_args})
+        else:
+            super()._run_subcommand(subcommand)
+
+
+def plain(value):
+    """Tuples as lists, as YAML has no other."""
+    if isinstance(value, dict):
+        return {k: plain(v) for k, v in value.items()}
+    return [plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def refuse_contradictions(command: str, config, settings: dict, path: Path) -> None:
+    """Raises ValueError if a flag or config says otherwise than the checkpoint where the checkpoint must be right."""
+    for group in "model", "data":
+        for key, value in config[group].items():
+            fixed = key in FIXED_IN_FIT if command == "fit" else key not in FREE_IN_VALIDATE
+            saved = settings[group].get(key)
+            if fixed and plain(value) != plain(saved):
+                raise ValueError(
+                    f"{group}.{key}={value} contradicts the checkpoint {path}, which has {saved}: leave it out"
+                )
+
+
+def named_configs(args: list[str]) -> list[str]:
+    """`--config laptop` means the packaged file where no such path exists; a fit without any config takes laptop."""
+    args = [part for arg in args for part in (arg.split("=", 1) if arg.startswith(("--config=", "-c=")) else [arg])]
+    for i, arg in enumerate(args[1:], start=1):
+        if args[i - 1] in ("--config", "-c") and not Path(arg).exists():
+            packaged = CONFIGS / f"{arg}.yaml"
+            if not packaged.exists():
+                names = ", ".join(sorted(file.stem for file in CONFIGS.glob("*.yaml")))
+                raise FileNotFoundError(f"--config {arg} is neither a file nor one of the packaged {names}")
+            args[i] = str(packaged)
+    if args[:1] == ["fit"] and not {"--config", "-c", "--ckpt_path"} & {arg.split("=")[0] for arg in args}:
+        args[1:1] = ["--config", str(CONFIGS / "laptop.yaml")]
+    return args
+
+
+def be_quiet() -> None:
+    """Silence what Lightning tells everybody; what goes wrong is still said."""
+    for name in "lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero":
+        logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)
+    for message in (
+        ".*LeafSpec.*",
+        ".*callbacks used to create the checkpoint need to be provided.*",  # validate saves nothing
+        ".*dirpath has changed.*",  # a resumed run has a folder of its own
+        ".*Checkpoint directory .* exists.*",
+    ):
+        warnings.filterwarnings("ignore", message)
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run a command line; bad input ends with one sentence on stderr and exit code 2."""
+    be_quiet()
+    if torch.cuda.is_available():
+        torch.set_float32_matmul_precision("high")  # TF32 in float32 products: far faster, and enough for training
+    try:
+        CLI(
+            LanguageModel,
+            TinyShakespeare,
+            parser_class=Parser,
+            save_config_callback=SaveConfig,
+            seed_everything_default=1337,
+            parser_kwargs={
+                "description": "Train, validate and sample a GPT on Tiny Shakespeare or a text of yours.",
+                "fit": {
+                    "description": "Train a model; without --config, the laptop's. --ckpt_path goes on from there."
+                },
+                "validate": {"description": "The loss of a checkpoint over its whole validation split."},
+                "test": {"description": "The same figures as validate, under test/."},
+            },
+            trainer_defaults=dict(TRAINER_DEFAULTS),
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+            args=named_configs(list(sys.argv[1:] if args is None else args)),
+        )
+    except (ValueError, OSError, MisconfigurationException) as error:
+        print(f"lightning-gpt: error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,159 @@
+"""Tiny Shakespeare as windows of tokens. Knows nothing of the model."""
+
+import hashlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from .tokenizer import CharTokenizer
+
+TINY_SHAKESPEARE = Path(__file__).parent / "corpus" / "tiny_shakespeare.txt"
+
+
+def mix(*parts: int) -> int:
+    """One 64-bit seed from several numbers; a hash and no sum, for (1, 2) and (2, 1) must differ."""
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest())
+
+
+def read_text(path: str | Path) -> str:
+    """The text of a UTF-8 file, line ends as they are.
+
+    Raises:
+        ValueError: the file is empty or is not text. OSError: it can't be read.
+    """
+    if not Path(path).exists():
+        raise FileNotFoundError(f"the corpus {path} does not exist: give a UTF-8 text file")
+    data = Path(path).read_bytes()
+    if not data:
+        raise ValueError(f"the corpus {path} is empty")
+    try:
+        text = data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"the corpus {path} is not UTF-8 text: byte 0x{data[error.start]:02x} at offset {error.start}"
+        ) from None
+    if "\0" in text:
+        raise ValueError(f"the corpus {path} is a binary file: a zero byte at offset {data.index(0)}")
+    return text
+
+
+class RandomWindows:
+    """Endless training batches; batch k is a pure function of (seed, k), so resuming needs no state.
+
+    A batch is (batch_size / world_size, block_size + 1) token ids, this rank's share of the global batch.
+    """
+
+    def __init__(
+        self, tokens: Tensor, block_size: int, batch_size: int, seed: int, start: int = 0, rank: int = 0, world_size=1
+    ):
+        self.tokens, self.block_size, self.batch_size, self.seed = tokens, block_size, batch_size, seed
+        self.start, self.rank, self.world_size = start, rank, world_size
+
+    def batch(self, k: int) -> Tensor:
+        dice = torch.Generator().manual_seed(mix(self.seed, k))
+        at = torch.randint(len(self.tokens) - self.block_size, (self.batch_size,), generator=dice)
+        return self.tokens[at[self.rank :: self.world_size, None] + torch.arange(self.block_size + 1)]
+
+    def __iter__(self) -> Iterator[Tensor]:
+        k = self.start
+        while True:
+            yield self.batch(k)
+            k += 1
+
+
+class EveryWindow:
+    """A split once, in windows side by side: each token but the first is predicted exactly once.
+
+    A batch is (windows, block_size + 1) token ids, the last of a window being the first of the next;
+    what is left over at the end is a shorter window of its own. Ranks take turns, nothing is padded.
+    """
+
+    def __init__(self, tokens: Tensor, block_size: int, batch_size: int, rank: int = 0, world_size: int = 1):
+        windows = tokens.unfold(0, block_size + 1, block_size)
+        self.batches = list(windows[rank::world_size].split(batch_size))
+        rest = tokens[len(windows) * block_size :]
+        if len(rest) > 1 and len(windows) % world_size == rank:
+            self.batches.append(rest[None])
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return iter(self.batches)
+
+
+class TinyShakespeare(L.LightningDataModule):
+    """A text as windows of characters: its first part to train on, the rest to validate and test on.
+
+    Args:
+        corpus: a UTF-8 text file; null is Tiny Shakespeare, which comes with the package.
+        block_size: length of a window, in tokens.
+        batch_size: windows of one training batch over all devices together: more devices make a step
+            faster, never different.
+        split: share of the text to train on, between 0 and 1; the rest is the validation split.
+        seed: decides which windows make up batch k.
+        vocabulary: the characters that have a token id; null takes those of the corpus. A checkpoint
+            brings its own.
+    Raises:
+        ValueError: a text that is empty, binary, too short for one window or has unknown characters.
+    """
+
+    def __init__(
+        self,
+        corpus: str | None = None,
+        block_size: int = 256,
+        batch_size: int = 64,
+        split: float = 0.9,
+        seed: int = 1337,
+        vocabulary: str | None = None,
+    ):
+        super().__init__()
+        if not 0 < split < 1:
+            raise ValueError(f"data.split={split} is the share to train on: more than 0 and less than 1")
+        if batch_size < 1:
+            raise ValueError(f"data.batch_size={batch_size} must be at least 1")
+        text = read_text(corpus or TINY_SHAKESPEARE)
+        self.tokenizer = CharTokenizer(vocabulary or text)
+        vocabulary = self.tokenizer.vocabulary
+        self.vocab_size = len(vocabulary)
+        self.save_hyperparameters()  # plain values: they make the checkpoint's tokenizer and data settings
+        smallest = torch.uint8 if self.vocab_size <= 2**8 else torch.int16 if self.vocab_size <= 2**15 else torch.int32
+        tokens = self.tokenizer.encode(text).to(smallest)
+        n = int(split * len(tokens))
+        self.train_tokens, self.val_tokens = tokens[:n], tokens[n:]
+        for name, part in ("training", self.train_tokens), ("validation", self.val_tokens):
+            if len(part) <= block_size:
+                raise ValueError(
+                    f"the {name} split has {len(part):,} of the text's {len(text):,} characters, too few for one "
+                    f"window of block_size={block_size} and the character after it: take a longer text or a "
+                    "smaller block_size"
+                )
+
+    def train_dataloader(self) -> RandomWindows:
+        t, hp = self.trainer, self.hparams
+        if hp.batch_size % t.world_size:
+            low = hp.batch_size // t.world_size * t.world_size
+            nearest = f"{low} or {low + t.world_size}" if low else f"{t.world_size}"
+            raise ValueError(
+                f"data.batch_size={hp.batch_size} can't be shared equally by {t.world_size} devices: take {nearest}"
+            )
+        start = t.global_step * t.accumulate_grad_batches  # the Trainer has already restored the step
+        return RandomWindows(
+            self.train_tokens, hp.block_size, hp.batch_size, hp.seed, start, t.global_rank, t.world_size
+        )
+
+    def val_dataloader(self) -> EveryWindow:
+        t, hp = self.trainer, self.hparams
+        share = max(1, hp.batch_size // t.world_size)
+        return EveryWindow(self.val_tokens, hp.block_size, share, t.global_rank, t.world_size)
+
+    def test_dataloader(self) -> EveryWindow:
+        return self.val_dataloader()
+
+    def on_after_batch_transfer(self, window: Tensor, dataloader_idx: int) -> tuple[Tensor, Tensor]:
+        """Inputs and targets (B, T), int64: tokens travel to the device in their smallest type."""
+        window = window.long()
+        return window[:, :-1], window[:, 1:]

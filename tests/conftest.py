@@ -1,0 +1,71 @@
+import random
+from pathlib import Path
+
+import pytest
+import torch
+
+from lightning_gpt.cli import main
+from lightning_gpt.model import GPT, GPTConfig
+
+V, T = 17, 12  # vocabulary and block size: small, and no two sizes alike
+
+torch.set_num_threads(1)  # small tensors: threads only get in each other's way
+
+
+def loud(net):
+    """Weights far from uniform predictions, in float64: a difference is a bug, not rounding."""
+    torch.manual_seed(0)
+    for p in net.double().eval().parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    return net
+
+
+@pytest.fixture
+def net():
+    return loud(GPT(GPTConfig(V, T, n_layer=3, n_head=2, n_embd=16, dropout=0.0)))
+
+
+@pytest.fixture
+def idx():
+    return torch.randint(V, (2, T), generator=torch.Generator().manual_seed(1))
+
+
+TINY = "--model.block_size 16 --model.n_layer 1 --model.n_head 2 --model.n_embd 16 --data.batch_size 8".split()
+QUICK = "--trainer.accelerator cpu --trainer.devices 1 --trainer.max_steps 5 --sample.length 20".split()
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory):
+    """A small made-up text of 27 characters; training on it takes no time."""
+    words, dice = "the cat sat on a mat. who? VEX, quiz! jumbo (for) long years\n".split(" "), random.Random(0)
+    path = tmp_path_factory.mktemp("text") / "cats.txt"
+    path.write_text(" ".join(dice.choice(words) for _ in range(1000)))
+    return path
+
+
+@pytest.fixture(scope="session")
+def run(tmp_path_factory, text_file):
+    """The folder of a short run, and what it printed."""
+    root = tmp_path_factory.mktemp("run")
+    main(["fit", *TINY, *QUICK, "--data.corpus", str(text_file), "--trainer.default_root_dir", str(root)])
+    return Path(root) / "laptop" / "version_0"
+
+
+@pytest.fixture
+def ckpt(run):
+    return run / "checkpoints" / "best.ckpt"
+
+
+@pytest.fixture
+def fails(capsys):
+    """Runs a command line that must fail, and returns the one line that it says."""
+
+    def fails(*args):
+        with pytest.raises(SystemExit) as stop:
+            main([str(arg) for arg in args])
+        assert stop.value.code == 2
+        said = capsys.readouterr().err.strip()
+        assert said.startswith("lightning-gpt: error: ") and "\n" not in said
+        return said
+
+    return fails

@@ -1,0 +1,228 @@
+"""The command line as its user meets it: what a run leaves, what a checkpoint brings, what bad input gets."""
+
+import pickle
+import shutil
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import QUICK, TINY
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from lightning_gpt import checkpoint
+from lightning_gpt.cli import CONFIGS, main
+
+
+def scalars(run):
+    board = EventAccumulator(str(run)).Reload()
+    return {tag: [(event.step, event.value) for event in board.Scalars(tag)] for tag in board.Tags()["scalars"]}, board
+
+
+def test_a_run_is_one_folder_that_ends_with_a_validation_and_a_save(run):
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
+    assert yaml.safe_load((run / "config.yaml").read_text())["trainer"]["max_steps"] == 5
+    assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 5
+    values, board = scalars(run)
+    assert [step for step, _ in values["val/loss"]] == [4]  # the fifth step; val_check_interval is far beyond
+    assert "samples/text_summary" in board.Tags()["tensors"]
+
+
+def test_best_is_the_lowest_and_last_the_newest(tmp_path, text_file):
+    how = ["--trainer.val_check_interval", "2", "--trainer.log_every_n_steps", "1", "--model.learning_rate", "0.5"]
+    main(["fit", *TINY, *QUICK, *how, f"--data.corpus={text_file}", f"--trainer.default_root_dir={tmp_path}"])
+    run = tmp_path / "laptop" / "version_0"
+    values, _ = scalars(run)
+    assert [step for step, _ in values["val/loss"]] == [1, 3, 4]  # counted from 0
+    best_step, best = min(values["val/loss"], key=lambda pair: pair[1])
+    saved = torch.load(run / "checkpoints" / "best.ckpt", weights_only=True)
+    assert saved["global_step"] == best_step + 1
+    for tag in "train/loss", "train/lr", "train/grad_norm", "perf/tokens_per_second":
+        assert len(values[tag]) == 5
+    assert {"val/bpc", "val/perplexity"} <= set(values)
+
+
+def test_validate_needs_a_checkpoint_and_nothing_else(ckpt, run, capsys):
+    main(["validate", "--ckpt_path", str(ckpt)])
+    loss = scalars(run)[0]["val/loss"][-1][1]
+    assert f"{loss:.5f}"[:-1] in capsys.readouterr().out
+
+
+def test_a_run_is_repeated_by_its_own_config(run, tmp_path):
+    main(["fit", "--config", str(run / "config.yaml"), "--trainer.default_root_dir", str(tmp_path)])
+    first, again = (scalars(folder)[0]["val/loss"] for folder in (run, tmp_path / "laptop" / "version_0"))
+    assert first == again
+
+
+def test_fit_goes_on_from_a_checkpoint_with_its_settings(run, tmp_path):
+    last = run / "checkpoints" / "last.ckpt"
+    before = last.read_bytes()
+    main(["fit", f"--ckpt_path={last}", "--trainer.max_steps=7", f"--trainer.default_root_dir={tmp_path}"])
+    values, _ = scalars(tmp_path / "laptop" / "version_0")
+    assert [step for step, _ in values["val/loss"]] == [6]
+    assert last.read_bytes() == before
+
+
+def said(capsys, *args):
+    capsys.readouterr()
+    main(["generate", *map(str, args)])
+    return capsys.readouterr().out
+
+
+def test_generate_is_reproducible_and_speaks_the_vocabulary(ckpt, text_file, capsys):
+    ask = ["--ckpt_path", ckpt, "--prompt", "the cat", "--max_new_tokens", 40]
+    one, same, other = (said(capsys, *ask, "--seed", seed) for seed in (7, 7, 8))
+    assert one == same != other
+    assert one.startswith("the cat") and len(one) == len("the cat") + 40 + 1
+    assert set(one) <= set(text_file.read_text()) | {"\n"}
+    several = said(capsys, *ask, "--seed", 7, "--num_samples", 3).split("\n" + "-" * 40 + "\n")
+    assert len({*several}) == 3 and several[0] + "\n" == one
+
+
+def test_without_a_path_the_newest_best_checkpoint_is_taken(run, tmp_path, monkeypatch, capsys):
+    shutil.copytree(run, tmp_path / "checkpoints" / "some" / "version_0")
+    monkeypatch.chdir(tmp_path)
+    assert said(capsys, "--prompt", "the", "--max_new_tokens", 3).startswith("the")
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in CONFIGS.glob("*.yaml")))
+def test_every_config_takes_a_step(name, tmp_path, capsys):
+    small = [
+        "--trainer.fast_dev_run=true",
+        "--data.batch_size=2",
+        "--sample.length=5",
+        "--trainer.accelerator=cpu",
+        "--trainer.devices=1",
+    ]
+    main(["fit", f"--config={name}", *small, "--trainer.strategy=auto", f"--trainer.default_root_dir={tmp_path}"])
+    assert not list(tmp_path.iterdir())
+
+
+def test_configs_compose_and_the_last_word_wins(tmp_path, capsys):
+    (tmp_path / "mine.yaml").write_text("model: {n_layer: 3}")
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", "--config=laptop", f"--config={tmp_path}/mine.yaml", "--model.dropout=0.3", "--print_config"])
+    config = yaml.safe_load(capsys.readouterr().out)
+    assert stop.value.code == 0
+    assert (config["model"]["n_layer"], config["model"]["dropout"], config["name"]) == (3, 0.3, "laptop")
+
+
+def test_output_that_is_no_terminal_gets_plain_lines(tmp_path, text_file, capsys):
+    main(["fit", *TINY, *QUICK, f"--data.corpus={text_file}", f"--trainer.default_root_dir={tmp_path}"])
+    told = capsys.readouterr()
+    assert told.err == "" and "\r" not in told.out and "\x1b" not in told.out
+    assert "step 5/5" in told.out and "best.ckpt" in told.out and " generate\n" in told.out
+
+
+# --- bad input -------------------------------------------------------------------------------------------------------
+
+
+def write(tmp_path, content):
+    path = tmp_path / "file"
+    path.write_bytes(content)
+    return path
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (None, "does not exist"),
+        (b"", "is empty"),
+        (b"text \xff\xfe more", "not UTF-8 text: byte 0xff at offset 5"),
+        (b"ab\0cd" * 100, "zero byte at offset 2"),
+        (b"too short for a window", "too few for one window of block_size=16"),
+        (b"validation split is shorter than a window" * 3, "the validation split has 13"),
+    ],
+)
+def test_bad_corpus(tmp_path, fails, content, message):
+    path = tmp_path / "none" if content is None else write(tmp_path, content)
+    assert message in fails("fit", *TINY, *QUICK, f"--data.corpus={path}", f"--trainer.default_root_dir={tmp_path}/run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--model.n_head=3"], "n_embd=16 is not divisible by n_head=3"),
+        (["--model.block_size=100000"], "too few for one window of block_size=100000"),
+        (["--model.n_layer=-1"], "n_layer=-1 must be at least 0"),
+        (["--model.dropout=1.5"], "dropout=1.5 is a probability"),
+        (["--model.layers=3"], "--model.layers"),
+        (["--model.activation=swish"], "gelu"),
+        (["--data.split=1.5"], "data.split=1.5"),
+        (["--data.batch_size=0"], "data.batch_size=0"),
+        (["--config=nowhere.yaml"], "bigram"),
+        (["--trainer.max_steps=-1"], "trainer.max_steps=-1"),
+        (["--sample.prompts=['a €']"], "'€'"),
+        (["--ckpt_path=nowhere.ckpt"], "nowhere.ckpt does not exist"),
+    ],
+)
+def test_bad_settings(tmp_path, fails, flags, message, text_file):
+    where = [f"--data.corpus={text_file}", f"--trainer.default_root_dir={tmp_path}"]
+    assert message in fails("fit", *TINY, *QUICK, *where, *flags)
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("accelerator", ["gpu", "cuda"])
+def test_no_gpu(fails, tmp_path, accelerator):
+    told = fails("fit", f"--trainer.accelerator={accelerator}", f"--trainer.default_root_dir={tmp_path}")
+    assert f"trainer.accelerator={accelerator}" in told and "cpu" in told
+
+
+def test_unknown_key_in_a_config(fails, tmp_path):
+    assert "n_layers" in fails("fit", "--config", write(tmp_path, b"model: {n_layers: 3}"))
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--prompt=the € ¥"], "'¥€'"),
+        (["--prompt="], "the prompt is empty"),
+        (["--temperature=-1"], "temperature=-1.0"),
+        (["--top_k=0"], "top_k=0"),
+        (["--max_new_tokens=0"], "max_new_tokens=0"),
+        (["--num_samples=0"], "num_samples=0"),
+        (["--device=abacus"], "device=abacus"),
+        (["--tempo=3"], "tempo"),
+    ],
+)
+def test_bad_requests_to_generate(ckpt, fails, flags, message):
+    assert message in fails("generate", "--ckpt_path", ckpt, "--prompt=the", *flags)
+
+
+def test_a_flag_that_contradicts_the_checkpoint_is_an_error(ckpt, run, fails):
+    assert "model.n_layer=2 contradicts" in fails("validate", "--ckpt_path", ckpt, "--model.n_layer=2")
+    assert "data.split=0.5 contradicts" in fails("validate", "--ckpt_path", ckpt, "--data.split=0.5")
+    assert "model.n_embd=32 contradicts" in fails("fit", "--ckpt_path", ckpt, "--model.n_embd=32")
+
+
+class Bomb:
+    def __reduce__(self):
+        return (Path.write_text, (Path("bomb"), "it ran"))
+
+
+@pytest.mark.parametrize("command", ["generate", "validate", "fit"])
+def test_a_bad_checkpoint_is_refused_and_never_runs(command, ckpt, tmp_path, fails, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    good = ckpt.read_bytes()
+    flipped = bytearray(good)
+    flipped[len(good) // 2] ^= 1
+    torch.save({"state_dict": {}}, "foreign.ckpt")
+    torch.save({"state_dict": Bomb(), "hyper_parameters": {}, "datamodule_hyper_parameters": {}}, "hostile.ckpt")
+    Path("pickle.ckpt").write_bytes(pickle.dumps(Bomb()))
+    with zipfile.ZipFile("zip.ckpt", "w") as archive:
+        archive.writestr("hello", "there")
+    Path("folder.ckpt").mkdir()
+    for name, content in {"empty": b"", "text": b"hello", "cut": good[: len(good) // 2], "flipped": flipped}.items():
+        Path(f"{name}.ckpt").write_bytes(content)
+    for path in sorted(Path().glob("*.ckpt")):
+        assert str(path) in fails(command, "--ckpt_path", path)
+    assert not Path("bomb").exists()
+
+
+def test_a_checkpoint_describes_itself(ckpt, text_file):
+    net, tokenizer = checkpoint.load(ckpt)
+    assert tokenizer.vocabulary == "".join(sorted(set(text_file.read_text())))
+    assert net.config.block_size == 16 and not net.training

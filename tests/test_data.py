@@ -1,0 +1,58 @@
+"""The corpus and its windows."""
+
+import hashlib
+
+import pytest
+import torch
+
+from lightning_gpt.data import TINY_SHAKESPEARE, EveryWindow, RandomWindows, TinyShakespeare
+
+LINE = torch.arange(1000)  # token t stands at place t, so a window says where it is from
+
+
+def test_the_corpus_is_the_one_that_published_results_stand_on():
+    digest = hashlib.sha256(TINY_SHAKESPEARE.read_bytes()).hexdigest()
+    assert digest == "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+
+
+def test_the_split_is_the_lectures():
+    data = TinyShakespeare()
+    assert (len(data.train_tokens), len(data.val_tokens), data.vocab_size) == (1_003_854, 111_540, 65)
+    assert data.tokenizer.decode(data.train_tokens[:14]) == "First Citizen:"
+    assert data.train_tokens.dtype == torch.uint8
+
+
+def test_targets_are_the_next_tokens():
+    data = TinyShakespeare()
+    x, y = data.on_after_batch_transfer(RandomWindows(LINE, 8, 4, seed=1).batch(0), 0)
+    assert x.shape == (4, 8) and torch.equal(y, x + 1)
+
+
+def test_a_batch_depends_on_seed_and_number_alone():
+    first, again, other = (RandomWindows(LINE, 8, 4, seed) for seed in (1, 1, 2))
+    assert torch.equal(first.batch(5), again.batch(5))
+    assert not torch.equal(first.batch(5), first.batch(6)) and not torch.equal(first.batch(5), other.batch(5))
+    late = iter(RandomWindows(LINE, 8, 4, 1, start=5))
+    assert torch.equal(next(late), first.batch(5)) and torch.equal(next(late), first.batch(6))
+
+
+def test_windows_reach_both_ends_of_the_split():
+    windows = torch.cat([RandomWindows(LINE[:12], 8, 16, 1).batch(k) for k in range(20)])
+    assert windows.min() == 0 and windows.max() == 11
+
+
+def test_ranks_shares_make_up_the_global_batch():
+    whole = RandomWindows(LINE, 8, 6, seed=1).batch(5)
+    parts = [RandomWindows(LINE, 8, 6, 1, 0, rank, 3).batch(5) for rank in range(3)]
+    assert torch.equal(torch.stack(parts, 1).flatten(0, 1), whole)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("n", [9, 10, 17, 100, 1000])
+def test_validation_predicts_every_token_but_the_first_once(n, world_size):
+    targets = [
+        window[:, 1:].flatten()
+        for rank in range(world_size)
+        for window in EveryWindow(LINE[:n], 8, 3, rank, world_size)
+    ]
+    assert torch.equal(torch.cat(targets).sort().values, LINE[1:n])
