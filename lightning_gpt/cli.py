@@ -157,6 +157,11 @@ class CLI(LightningCLI):
         self.config = parser.parse_args([*args[:at], f"--config={as_config}", *args[at:], f"--ckpt_path={path}"])
         # ... and where that must not be, the difference shows
         refuse_contradictions(command, self.config[command], settings, path)
+        if command == "fit" and saved["global_step"] >= (steps := self.config.fit.trainer.max_steps):
+            raise ValueError(
+                f"the checkpoint {path} is at step {saved['global_step']}, so trainer.max_steps={steps} leaves nothing "
+                "to do: give a larger number"
+            )
 
     def _set_seed(self) -> None:
         if self.config.subcommand != "generate":

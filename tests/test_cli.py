@@ -192,6 +192,10 @@ def test_bad_requests_to_generate(ckpt, fails, flags, message):
     assert message in fails("generate", "--ckpt_path", ckpt, "--prompt=the", *flags)
 
 
+def test_resuming_a_finished_run_says_so(run, fails):
+    assert "max_steps=5 leaves nothing to do" in fails("fit", "--ckpt_path", run / "checkpoints" / "last.ckpt")
+
+
 def test_a_flag_that_contradicts_the_checkpoint_is_an_error(ckpt, run, fails):
     assert "model.n_layer=2 contradicts" in fails("validate", "--ckpt_path", ckpt, "--model.n_layer=2")
     assert "data.split=0.5 contradicts" in fails("validate", "--ckpt_path", ckpt, "--data.split=0.5")

@@ -25,7 +25,14 @@ def test_every_command_runs(line, run, text_file, tmp_path, monkeypatch):
     args = [arg.replace("ROMEO:", "the") for arg in args]  # the short run speaks of cats
     if args[0] == "fit":
         small = [] if "--ckpt_path" in args else [flag for flag in TINY if "n_layer" not in flag and flag != "1"]
-        args += [*small, *QUICK, "--trainer.strategy=auto", "--trainer.limit_val_batches=2", "--model.compile=false"]
+        args += [
+            *small,
+            *QUICK,
+            "--trainer.max_steps=7",
+            "--trainer.strategy=auto",
+            "--trainer.limit_val_batches=2",
+            "--model.compile=false",
+        ]
     main(args)
 
 
