@@ -11,8 +11,8 @@ import torch
 from lightning.pytorch.callbacks import Checkpoint, TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
-from .generation import generate
-from .model import GPT
+from .generation import check, generate
+from .training import LanguageModel
 
 
 class SampleText(L.Callback):
@@ -38,6 +38,9 @@ class SampleText(L.Callback):
         top_k: int | None = None,
         seed: int = 1337,
     ):
+        if length < 0 or console_length < 0:
+            raise ValueError(f"sample.length={length} and sample.console_length={console_length} must be 0 or more")
+        check(temperature, top_k)
         self.prompts, self.length, self.console_length, self.seed = prompts, length, console_length, seed
         self.how = {"temperature": temperature, "top_k": top_k}
 
@@ -53,36 +56,64 @@ class SampleText(L.Callback):
     def on_validation_end(self, trainer: L.Trainer, lm: L.LightningModule) -> None:
         if trainer.sanity_checking or not trainer.is_global_zero or not self.length or trainer.state.fn != "fit":
             return
+        if not trainer.callback_metrics["val/loss"].isfinite():
+            return  # a net that has diverged has nothing to say
         same_length = groupby(sorted(self.spelled, key=len), key=len)  # one batch each
         texts = [text for _, prompts in same_length for text in self.sample(trainer, lm, list(prompts))]
         if board := next((log for log in trainer.loggers if hasattr(log.experiment, "add_text")), None):
             board.experiment.add_text("samples", "\n".join(f"```\n{text}\n```" for text in texts), trainer.global_step)
         if self.console_length:
-            trainer.print("    " + texts[0].strip()[: self.console_length].replace("\n", "\n    "))
+            lm.print("    " + texts[0].strip()[: self.console_length].replace("\n", "\n    "))
 
     def sample(self, trainer: L.Trainer, lm: L.LightningModule, prompts: list[str]) -> list[str]:
         tokenizer = trainer.datamodule.tokenizer
         idx = torch.as_tensor(torch.stack([tokenizer.encode(prompt) for prompt in prompts]), device=lm.device)
         dice = torch.Generator(lm.device).manual_seed(self.seed)
-        ids = generate(cast(GPT, lm.net), idx, self.length, generator=dice, **self.how)
+        ids = generate(cast(LanguageModel, lm).final_net, idx, self.length, generator=dice, **self.how)
         return [tokenizer.decode(text) for text in ids]
 
 
 class Throughput(L.Callback):
-    """Logs `perf/tokens_per_second` of training, over all devices, without the time for validation and samples."""
+    """Logs `perf/tokens_per_second` of training, over all devices; compiling, validation and samples do not count.
+
+    `seconds` is the time that training took altogether, counted in the same way.
+    """
+
+    since: float | None = None
+    FIRST = 5  # batches not counted: in them things are compiled, recorded and tuned
 
     def on_train_start(self, trainer: L.Trainer, lm: L.LightningModule) -> None:
-        self.tokens, self.since = 0, time.perf_counter()
+        self.batches, self.seconds, self.since = 0, 0.0, None
 
-    def on_validation_end(self, trainer: L.Trainer, lm: L.LightningModule) -> None:
-        self.on_train_start(trainer, lm)
+    def stop(self) -> float:
+        """Seconds since the clock was started last."""
+        assert self.since is not None
+        seconds, self.since = time.perf_counter() - self.since, None
+        self.seconds += seconds
+        return seconds
+
+    def on_train_batch_start(self, trainer: L.Trainer, lm: L.LightningModule, batch, batch_idx: int) -> None:
+        if self.since is None and self.batches >= self.FIRST:
+            self.wait(lm)
+            self.tokens, self.since = 0, time.perf_counter()
 
     def on_train_batch_end(self, trainer: L.Trainer, lm: L.LightningModule, outputs, batch, batch_idx: int) -> None:
-        self.tokens += batch[1].numel() * trainer.world_size
-        if trainer.global_step % trainer.log_every_n_steps == 0:
-            now = time.perf_counter()
-            lm.log("perf/tokens_per_second", self.tokens / (now - self.since))
-            self.tokens, self.since = 0, now
+        self.batches += 1
+        if self.since is not None:
+            self.tokens += batch[1].numel() * trainer.world_size
+            if cast(LanguageModel, lm).logs_after(batch_idx):
+                lm.log("perf/tokens_per_second", self.tokens / self.stop())
+                self.tokens, self.since = 0, time.perf_counter()
+
+    def on_validation_start(self, trainer: L.Trainer, lm: L.LightningModule) -> None:
+        if self.since is not None:
+            self.wait(lm)
+            self.stop()
+
+    @staticmethod
+    def wait(lm: L.LightningModule) -> None:
+        if lm.device.type != "cpu":
+            torch.accelerator.synchronize()  # steps that were only launched so far
 
 
 class SaveLast(Checkpoint):
@@ -143,6 +174,7 @@ class Progress(TQDMProgressBar):
     def on_train_epoch_start(self, trainer: L.Trainer, *_) -> None:
         super().on_train_epoch_start(trainer)
         self.train_progress_bar.set_description("Training")
+        self.train_progress_bar.total = trainer.max_steps * trainer.accumulate_grad_batches
 
     def get_metrics(self, trainer: L.Trainer, lm: L.LightningModule) -> dict[str, int | str | float | dict[str, float]]:
         seen = trainer.callback_metrics

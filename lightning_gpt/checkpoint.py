@@ -63,10 +63,12 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> tuple[GPT, Cha
     try:
         with torch.device(device):
             net = GPT(GPTConfig(**{field.name: sizes[field.name] for field in fields(GPTConfig)}))
-        weights = {k.removeprefix("net."): w for k, w in saved["state_dict"].items() if k.startswith("net.")}
-        net.load_state_dict(weights)
+        prefix = "average." if sizes.get("ema_decay") else "net."  # the average is what was validated
+        net.load_state_dict({k.removeprefix(prefix): w for k, w in saved["state_dict"].items() if k.startswith(prefix)})
         tokenizer = CharTokenizer(saved["datamodule_hyper_parameters"]["vocabulary"])
     except (KeyError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"the checkpoint {path} does not fit this version of lightning-gpt: {reason}") from None
+    if not all(p.isfinite().all() for p in net.parameters()):
+        raise ValueError(f"the checkpoint {path} has weights that are no numbers: its training diverged")
     return net.eval(), tokenizer

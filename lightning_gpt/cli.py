@@ -42,7 +42,7 @@ FREE_IN_VALIDATE = {"corpus", "batch_size", "compile", "seed"}
 
 def generate(
     ckpt_path: str = "best",
-    prompt: str = "\n",
+    prompt: str | None = None,
     max_new_tokens: int = 500,
     temperature: float = 0.8,
     top_k: int | None = None,
@@ -54,7 +54,7 @@ def generate(
 
     Args:
         ckpt_path: checkpoint to sample from; best or last is the newest file of that name below checkpoints/.
-        prompt: the text to go on from.
+        prompt: the text to go on from; null is a new line, or the first character of a vocabulary without one.
         max_new_tokens: characters to write.
         temperature: below 1 safer, above 1 wilder; 0 takes the likeliest character.
         top_k: draw among the k likeliest characters only; null draws from all.
@@ -65,15 +65,17 @@ def generate(
     for name, value in {"max_new_tokens": max_new_tokens, "num_samples": num_samples}.items():
         if value < 1:
             raise ValueError(f"{name}={value} must be 1 or more")
-    if not prompt:
+    if prompt == "":
         raise ValueError("the prompt is empty: give at least one character, such as a new line")
     if device == "auto":
         device = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     try:
         dice = torch.Generator(device)
     except RuntimeError as error:
-        raise ValueError(f"device={device} can't be used here: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"device={device} can't be used here: {str(error).splitlines()[0][:100]}") from None
     net, tokenizer = checkpoint.load(checkpoint.find(ckpt_path), device)
+    if prompt is None:
+        prompt = tokenizer.vocabulary[0] if tokenizer.unknown("\n") else "\n"
     idx = torch.as_tensor(tokenizer.encode(prompt), device=device)[None]
     for i in range(num_samples):
         if i:
@@ -88,14 +90,17 @@ def generate(
 class SaveConfig(SaveConfigCallback):
     """Puts the run's settings into config.yaml of its folder and, as text, into every checkpoint."""
 
+    def __init__(self, parser, config, folder: Path):
+        super().__init__(parser, config)
+        self.folder = folder
+
     def text(self) -> str:
         return self.parser.dump(self.config, skip_none=False, format="yaml")
 
     def setup(self, trainer: L.Trainer, lm: L.LightningModule, stage: str) -> None:
         if trainer.is_global_zero and stage == "fit":
-            folder = Path(trainer.checkpoint_callback.dirpath).parent
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "config.yaml").write_text(self.text())
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / "config.yaml").write_text(self.text())
 
     def on_save_checkpoint(self, trainer: L.Trainer, lm: L.LightningModule, saved: dict) -> None:
         saved["config"] = self.text()
@@ -140,6 +145,8 @@ class CLI(LightningCLI):
     def parse_arguments(self, parser, args) -> None:
         self.config = parser.parse_args(args)
         command = self.config.subcommand
+        if command == "fit":
+            self.refuse_nonsense(self.config.fit)
         if command == "generate" or (command == "fit" and not self.config.fit.ckpt_path):
             return
         path = checkpoint.find(self.config[command].ckpt_path or "best")
@@ -163,6 +170,21 @@ class CLI(LightningCLI):
                 "to do: give a larger number"
             )
 
+    @staticmethod
+    def refuse_nonsense(config) -> None:
+        if isinstance(config.seed_everything, bool) or config.seed_everything < 0:
+            raise ValueError(f"seed_everything={config.seed_everything}: give a number, 0 or more; it repeats the run")
+        if config.trainer.max_steps < 1:
+            raise ValueError(
+                f"trainer.max_steps={config.trainer.max_steps}: give a number of steps, which the rate falls along"
+            )
+        if config.save_every_n_steps < 0:
+            raise ValueError(f"save_every_n_steps={config.save_every_n_steps} must be 0 (never) or more")
+        if config.name in ("", ".", "..") or Path(config.name).name != config.name:
+            raise ValueError(
+                f"name={config.name!r} names a folder below {config.trainer.default_root_dir}/: no slashes"
+            )
+
     def _set_seed(self) -> None:
         if self.config.subcommand != "generate":
             super()._set_seed()
@@ -178,11 +200,13 @@ class CLI(LightningCLI):
         fit, config = self.config.subcommand == "fit", self.config[self.config.subcommand]
         given = config.trainer
         board = TensorBoardLogger(given.default_root_dir, name=config.name, default_hp_metric=False)
+        self.save_config_kwargs = {"folder": Path(board.log_dir)}
         if given.logger is None or given.logger is True:
             kwargs["logger"] = board if fit else False
         watchers: list[L.Callback] = [callbacks.Progress()] if given.enable_progress_bar in (None, True) else []
         if fit:
-            watchers += [callbacks.Throughput(), callbacks.ValidateAtTheEnd()]
+            self.throughput = callbacks.Throughput()
+            watchers += [self.throughput, callbacks.ValidateAtTheEnd()]
             if given.enable_checkpointing in (None, True):
                 folder = str(Path(board.log_dir) / "checkpoints")
                 watchers += [
@@ -202,7 +226,7 @@ class CLI(LightningCLI):
     def before_fit(self) -> None:
         if self.trainer.is_global_zero:
             data, t = self.datamodule, self.trainer
-            size = sum(p.numel() for p in self.model.parameters())
+            size = sum(p.numel() for p in self.model.net.parameters())
             print(
                 f"{size / 1e6:.2f}M parameters on {t.num_devices * t.num_nodes} x {t.strategy.root_device.type} "
                 f"({t.precision}), {len(data.train_tokens):,} characters to train on, {len(data.val_tokens):,} to "
@@ -212,14 +236,20 @@ class CLI(LightningCLI):
 
     def after_fit(self) -> None:
         best = self.trainer.checkpoint_callback
-        if not self.trainer.is_global_zero or not isinstance(best, ModelCheckpoint) or not best.best_model_path:
+        if not self.trainer.is_global_zero or not isinstance(best, ModelCheckpoint) or self.trainer.fast_dev_run:
+            return
+        if not best.best_model_path:
+            print(f"\nnothing was validated; the newest state is {os.path.relpath(str(best.dirpath))}/last.ckpt")
             return
         path = os.path.relpath(best.best_model_path)
         me = "lightning-gpt" if shutil.which("lightning-gpt") else os.path.relpath(sys.argv[0])
         if sys.argv[0].endswith("__main__.py"):
             me = "python -m lightning_gpt"
         loss = self.trainer.callback_metrics["val/loss"]
-        print(f"\nval/loss {loss:.4f} nats per character at the end, {best.best_model_score:.4f} at best\n{path}\n")
+        print(
+            f"\nval/loss {loss:.4f} nats per character at the end, {best.best_model_score:.4f} at best, after "
+            f"{self.throughput.seconds:.1f} s of training\n{path}\n"
+        )
         generate(path, max_new_tokens=300)
         prompt = "" if self.datamodule.tokenizer.unknown("ROMEO:") else ' --prompt "ROMEO:"'
         print(f"\nNext:\n  {me} generate{prompt}\n  {me} validate --ckpt_path {path}")
@@ -280,18 +310,24 @@ def be_quiet() -> None:
 
 
 def main(args: list[str] | None = None) -> None:
-    """Run a command line; bad input ends with one sentence on stderr and exit code 2."""
+    """Run a command line, sys.argv's if none is given."""
+    run(CLI, list(sys.argv[1:] if args is None else args))
+
+
+def run(cli: type[CLI], args: list[str]) -> None:
+    """Parse and do what `args` say; bad input ends with one sentence on stderr and exit code 2."""
     be_quiet()
     if torch.cuda.is_available():
         torch.set_float32_matmul_precision("high")  # TF32 in float32 products: far faster, and enough for training
     try:
-        CLI(
+        cli(
             LanguageModel,
             TinyShakespeare,
             parser_class=Parser,
             save_config_callback=SaveConfig,
             seed_everything_default=1337,
             parser_kwargs={
+                "prog": "lightning-gpt",
                 "description": "Train, validate and sample a GPT on Tiny Shakespeare or a text of yours.",
                 "fit": {
                     "description": "Train a model; without --config, the laptop's. --ckpt_path goes on from there."
@@ -302,8 +338,14 @@ def main(args: list[str] | None = None) -> None:
             trainer_defaults=dict(TRAINER_DEFAULTS),
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
-            args=named_configs(list(sys.argv[1:] if args is None else args)),
+            args=named_configs(args),
         )
+    except BrokenPipeError:  # the reader of our output has gone, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except KeyboardInterrupt:
+        print()
+        sys.exit(130)
     except (ValueError, OSError, MisconfigurationException) as error:
         print(f"lightning-gpt: error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -42,17 +42,23 @@ def sample(
     Raises:
         ValueError: temperature is negative, or top_k is less than 1.
     """
-    if not temperature >= 0:
-        raise ValueError(f"temperature={temperature} must be 0 (the likeliest token) or more")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k={top_k} must be 1 or more; leave it out to draw from every token")
+    check(temperature, top_k)
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
     logits = logits.float()
     if top_k is not None:
         values, ids = logits.topk(min(top_k, logits.size(-1)))
         logits = torch.full_like(logits, -torch.inf).scatter(-1, ids, values)
+    logits = logits - logits.max(-1, keepdim=True).values  # however small the temperature, nothing overflows
     return torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
+
+
+def check(temperature: float, top_k: int | None) -> None:
+    """Raises ValueError for what `sample` can't draw with."""
+    if not temperature >= 0:
+        raise ValueError(f"temperature={temperature} must be 0 (the likeliest token) or more")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k={top_k} must be 1 or more; leave it out to draw from every token")
 
 
 @torch.inference_mode()

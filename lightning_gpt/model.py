@@ -1,12 +1,12 @@
 """The decoder-only Transformer, in the order of the lecture: attention, MLP, block, GPT.
 
 Shapes   B batch · T time (tokens) · C channels = n_embd · H heads · D = C / H · V vocabulary
-Maths    GPT-2 (Radford et al. 2019): each branch normalises its input, positions are learned
+Maths    GPT-2 (Radford et al. 2019): each branch normalises its input, positions are learned. The settings of
+         GPTConfig turn the same block, piece by piece, into the modern one of configs/shakespeare.yaml
 Names    GPT-2's own (wte, c_attn, c_fc, ...; the c was for Conv1D), so that its weights load by name
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
@@ -34,7 +34,12 @@ class GPTConfig:
     dropout: float = 0.2  # probability; on embeddings, attention weights and residual branches
     bias: bool = True  # in linear layers and norms; the head never has one
     tie_embeddings: bool = False  # one matrix for wte and lm_head, as in GPT-2
-    activation: Literal["gelu", "relu"] = "gelu"
+    activation: Literal["gelu", "relu", "relu2", "swiglu"] = "gelu"
+    position: Literal["learned", "rotary"] = "learned"
+    norm: Literal["layer", "rms"] = "layer"  # rms has no weights, and stands after the embedding too
+    qk_norm: bool = False  # rms-normalise queries and keys, each head for itself
+    logit_cap: float = 0.0  # squash logits softly into (-cap, cap); 0 leaves them as they are
+    init: Literal["gpt2", "zero"] = "gpt2"  # zero: branches and head start at 0, so the first loss is ln V
 
     def __post_init__(self):
         for name, least in dict(vocab_size=1, block_size=1, n_layer=0, n_head=1, n_embd=1).items():
@@ -44,26 +49,58 @@ class GPTConfig:
             raise ValueError(
                 f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}: every head takes an equal share"
             )
+        if self.position == "rotary" and self.n_embd // self.n_head % 2:
+            raise ValueError(
+                f"position=rotary turns pairs of channels, and n_embd={self.n_embd} / n_head={self.n_head} gives every "
+                f"head an odd number, {self.n_embd // self.n_head}: take another n_head"
+            )
+        if self.logit_cap < 0:
+            raise ValueError(f"logit_cap={self.logit_cap} must be 0 (no cap) or more")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout} is a probability: 0 or more, and less than 1")
+
+
+def make_norm(config: GPTConfig) -> nn.Module:
+    """LayerNorm (Ba et al. 2016), or x / sqrt(mean(x^2)): RMSNorm (Zhang & Sennrich 2019) without weights."""
+    if config.norm == "rms":
+        return nn.RMSNorm(config.n_embd, eps=1e-6, elementwise_affine=False)
+    return nn.LayerNorm(config.n_embd, bias=config.bias)
+
+
+def rotary_table(block_size: int, D: int) -> Tensor:
+    """cos and sin of position * 10000^(-2i/D), each (block_size, D/2): RoFormer (Su et al. 2021), section 3.4.2."""
+    angle = torch.arange(block_size)[:, None] * 10_000 ** (-torch.arange(0, D, 2) / D)
+    return torch.stack((angle.cos(), angle.sin()))
+
+
+def rotate(x: Tensor, table: Tensor) -> Tensor:
+    """x (B, T, H, D) with channel pairs (i, i + D/2) turned by their position's angle, table (2, T, D/2)."""
+    cos, sin = table[:, :, None]
+    a, b = x.chunk(2, -1)
+    return torch.cat((a * cos + b * sin, b * cos - a * sin), -1).type_as(x)
 
 
 class CausalSelfAttention(nn.Module):
     """Every token asks itself and the tokens before it: softmax(Q K^T / sqrt(D)) V, in H heads at once.
 
     Attention Is All You Need (Vaswani et al. 2017), section 3.2, with the mask of its decoder.
+    qk_norm: Query-Key Normalization (Henry et al. 2020), here without a learnt scale.
     """
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.n_head, self.dropout = config.n_head, config.dropout
+        self.n_head, self.dropout, self.qk_norm = config.n_head, config.dropout, config.qk_norm
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # q, k, v side by side
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
 
-    def forward(self, x: Tensor, cache: "KVCache | None" = None) -> Tensor:
+    def forward(self, x: Tensor, rotary: Tensor | None = None, cache: "KVCache | None" = None) -> Tensor:
         B, T, C = x.shape
-        heads = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head)
-        q, k, v = heads.permute(2, 0, 3, 1, 4)  # 3 x (B, H, T, D)
+        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).unbind(2)  # 3 x (B, T, H, D)
+        if self.qk_norm:
+            q, k = (F.rms_norm(z, z.shape[-1:], eps=1e-6) for z in (q, k))
+        if rotary is not None:
+            q, k = rotate(q, rotary), rotate(k, rotary)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # 3 x (B, H, T, D)
         if cache is not None:
             k, v = cache.append(self, k, v)  # (B, H, past + T, D)
         # one new token may see every cached one, so only a longer piece needs the mask
@@ -75,17 +112,30 @@ class CausalSelfAttention(nn.Module):
 
 
 class MLP(nn.Module):
-    """Every token thinks for itself: W2 act(W1 x), four times as wide inside."""
+    """Every token thinks for itself: W2 act(W1 x), four times as wide inside.
+
+    relu2 is relu(x)^2 (Primer, So et al. 2021); swiglu is silu(a) * b (Shazeer 2020), a and b each 8/3 as wide.
+    """
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.dropout = config.dropout
-        self.activation: Callable[[Tensor], Tensor] = F.gelu if config.activation == "gelu" else F.relu
-        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd, bias=config.bias)
-        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd, bias=config.bias)
+        self.dropout, self.activation = config.dropout, config.activation
+        gated = config.activation == "swiglu"
+        inner = 8 * config.n_embd // 3 if gated else 4 * config.n_embd
+        self.c_fc = nn.Linear(config.n_embd, (1 + gated) * inner, bias=config.bias)
+        self.c_proj = nn.Linear(inner, config.n_embd, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.dropout(self.c_proj(self.activation(self.c_fc(x))), self.dropout, self.training)
+        x = self.c_fc(x)
+        if self.activation == "gelu":
+            x = F.gelu(x)
+        elif self.activation == "swiglu":
+            a, b = x.chunk(2, -1)
+            x = F.silu(a) * b
+        else:
+            x = F.relu(x)
+            x = x.square() if self.activation == "relu2" else x
+        return F.dropout(self.c_proj(x), self.dropout, self.training)
 
 
 class Block(nn.Module):
@@ -93,40 +143,66 @@ class Block(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.ln_1 = make_norm(config)
         self.attn = CausalSelfAttention(config)
-        self.ln_2 = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.ln_2 = make_norm(config)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, cache: "KVCache | None" = None) -> Tensor:
-        x = x + self.attn(self.ln_1(x), cache)
+    def forward(self, x: Tensor, rotary: Tensor | None = None, cache: "KVCache | None" = None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), rotary, cache)
         return x + self.mlp(self.ln_2(x))
 
 
 class GPT(nn.Module):
     """Token ids in, logits of the next token out, at every position at once."""
 
+    rotary: Tensor  # the table of angles, if position is rotary
+
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
-        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        if config.position == "learned":
+            self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        else:
+            table = rotary_table(config.block_size, config.n_embd // config.n_head)
+            self.register_buffer("rotary", table, persistent=False)
+        self.ln_e = make_norm(config) if config.norm == "rms" else nn.Identity()
         self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.ln_f = nn.LayerNorm(config.n_embd, bias=config.bias)
+        self.ln_f = make_norm(config)
         self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
         if config.tie_embeddings:
             self.lm_head.weight = self.wte.weight
         self.init_weights()
 
     def init_weights(self) -> None:
-        """Matrices normal(0, 0.02), thinner where a branch joins the residual stream; biases 0 (GPT-2, section 2.3)."""
+        """gpt2: matrices normal(0, 0.02), thinner where a branch joins the residual stream; biases 0 (section 2.3).
+
+        zero: branches and head 0, embeddings normal(0, 1), other matrices uniform with std 0.5 / sqrt(n_embd).
+        """
         for name, p in self.named_parameters():
-            if name.endswith("c_proj.weight"):
+            if name.endswith("bias"):
+                nn.init.zeros_(p)
+            elif self.config.init == "zero":
+                if name.endswith("c_proj.weight") or (name == "lm_head.weight"):
+                    nn.init.zeros_(p)
+                elif name in ("wte.weight", "wpe.weight"):
+                    nn.init.normal_(p)
+                elif p.dim() == 2:
+                    bound = 0.5 * math.sqrt(3 / self.config.n_embd)
+                    nn.init.uniform_(p, -bound, bound)
+            elif name.endswith("c_proj.weight"):
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * self.config.n_layer))
             elif p.dim() == 2:
                 nn.init.normal_(p, std=0.02)
-            elif name.endswith("bias"):
-                nn.init.zeros_(p)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Logits (B, T, V) of what the last block made, x (B, T, C); capped as in Gemma 2 (2024), section 2."""
+        z = self.lm_head(self.ln_f(x))
+        if cap := self.config.logit_cap:
+            z = z.to(torch.promote_types(z.dtype, torch.float32))  # bfloat16 has three digits only
+            z = cap * torch.tanh(z / cap)
+        return z
 
     def forward(self, idx: Tensor, cache: "KVCache | None" = None) -> Tensor:
         """Logits of the next token at every position.
@@ -140,13 +216,23 @@ class GPT(nn.Module):
         Raises:
             ValueError: past + T exceeds block_size.
         """
+        return self.logits(self.features(idx, cache))
+
+    def features(self, idx: Tensor, cache: "KVCache | None" = None) -> Tensor:
+        """What the last block makes of the tokens, (B, T, C); `forward` before its head."""
         past, T = (0 if cache is None else cache.length), idx.size(1)
         if past + T > self.config.block_size:
             raise ValueError(f"{past + T} tokens do not fit into block_size={self.config.block_size}")
-        x = self.wte(idx) + self.wpe(torch.arange(past, past + T, device=idx.device))  # (B, T, C)
-        x = F.dropout(x, self.config.dropout, self.training)
+        x, rotary = self.wte(idx), None  # (B, T, C)
+        if self.config.position == "learned":
+            x = x + self.wpe(torch.arange(past, past + T, device=idx.device))
+        else:
+            rotary = self.rotary[:, past : past + T]
+        if torch.is_autocast_enabled(x.device.type):  # the residual stream too, or every sum would be float32
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        x = F.dropout(self.ln_e(x), self.config.dropout, self.training)
         for block in self.h:
-            x = block(x, cache)
+            x = block(x, rotary, cache)
         if cache is not None:
             cache.length += T
-        return self.lm_head(self.ln_f(x))
+        return x

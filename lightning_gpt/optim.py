@@ -1,38 +1,145 @@
-"""How weights change: parameter groups and learning-rate schedules. Torch only."""
+"""How weights change: parameter groups, Muon, learning-rate schedules. Torch only."""
 
 import math
+from collections import defaultdict
+from collections.abc import Callable
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torch.optim.adamw import adamw
 
 
-def parameter_groups(net: nn.Module, weight_decay: float) -> list[dict]:
+def adamw_groups(net: nn.Module, learning_rate: float, betas: tuple[float, float], weight_decay: float) -> list[dict]:
     """Weight decay on matrices and embeddings; none on biases and norms."""
-    params = [p for p in net.parameters() if p.requires_grad]
+    params = list(net.parameters())
+    how = {"lr": learning_rate, "peak_lr": learning_rate, "betas": tuple(betas)}
     return [
-        {"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0},
+        {"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay, **how},
+        {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0, **how},
     ]
 
 
-def cosine(progress: float) -> float:
-    """Half a cosine from 1 to 0 as progress goes from 0 to 1."""
-    return 0.5 * (1 + math.cos(math.pi * progress))
+def muon_groups(
+    net: nn.Module, muon_lr: float, muon_decay: float, learning_rate: float, betas: tuple[float, float]
+) -> list[dict]:
+    """Matrices inside blocks go to Muon, c_attn's as three (q, k, v); all else to AdamW, without decay."""
+    matrices = {name: p for name, p in net.named_parameters() if p.dim() == 2 and name.startswith("h.")}
+    muon = {"muon": True, "lr": muon_lr, "peak_lr": muon_lr, "weight_decay": muon_decay}
+    rest = [p for name, p in net.named_parameters() if name not in matrices]
+    groups = [
+        {"params": [p for name, p in matrices.items() if "c_attn" in name], "pieces": 3, **muon},
+        {"params": [p for name, p in matrices.items() if "c_attn" not in name], "pieces": 1, **muon},
+        {
+            "params": rest,
+            "muon": False,
+            "lr": learning_rate,
+            "peak_lr": learning_rate,
+            "betas": tuple(betas),
+            "weight_decay": 0.0,
+        },
+    ]
+    return [group for group in groups if group["params"]]
 
 
-def linear(progress: float) -> float:
-    """A straight line from 1 to 0 as progress goes from 0 to 1."""
-    return 1 - progress
+def orthogonalise(x: Tensor) -> Tensor:
+    """About U V^T of each matrix's U S V^T, x (N, rows, columns): all singular values end between 0.7 and 1.2.
+
+    Five Newton-Schulz steps with the coefficients of Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon);
+    in bfloat16 on a GPU.
+    """
+    wide = x.size(-2) <= x.size(-1)
+    x = x if wide else x.mT
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    x = x.bfloat16() if x.is_cuda else x
+    for _ in range(5):
+        a = x @ x.mT
+        b = torch.baddbmm(a, a, a, beta=-4.7750, alpha=2.0315)
+        x = torch.baddbmm(x, b, x, beta=3.4445)
+    return x if wide else x.mT
 
 
-SCHEDULES = {"cosine": cosine, "linear": linear}
+class Muon(torch.optim.Optimizer):
+    """Muon for the groups with `muon: True`, AdamW for the others; torch.optim.Muon's update, but in batches.
+
+    Matrices of one shape are orthogonalised together, where torch's loop takes one after the other. A group's
+    `pieces` says into how many matrices of equal height each of its parameters falls.
+
+    Args:
+        groups: as `muon_groups` makes them.
+        momentum: share of the old momentum that stays, with Nesterov's look ahead.
+    """
+
+    def __init__(self, groups: list[dict], momentum: float = 0.95):
+        super().__init__(groups, {"momentum": momentum, "eps": 1e-8})
+
+    @torch.no_grad()
+    def step(self, closure: Callable | None = None):
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if params:
+                (self._muon if group["muon"] else self._adamw)(group, params)
+        return loss
+
+    def _muon(self, group: dict, params: list[Tensor]) -> None:
+        grads, lr = [p.grad for p in params if p.grad is not None], group["lr"]
+        buffers = [self._state(p, "momentum_buffer") for p in params]
+        torch._foreach_lerp_(buffers, grads, 1 - group["momentum"])
+        updates = list(torch._foreach_lerp(grads, buffers, group["momentum"]))
+        same_shape = defaultdict(list)
+        for i, update in enumerate(updates):
+            same_shape[update.shape].append(i)
+        for (rows, columns), places in same_shape.items():
+            matrices = torch.stack([updates[i] for i in places]).view(-1, rows // group["pieces"], columns)
+            scale = math.sqrt(max(1, matrices.size(-2) / columns))  # torch's adjust_lr_fn="original"
+            new = (orthogonalise(matrices).float() * (-lr * scale)).reshape(-1, rows, columns)
+            for i, update in zip(places, new.unbind(), strict=True):
+                updates[i] = update.to(params[i].dtype)
+        torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
+        torch._foreach_add_(params, updates)
+
+    def _adamw(self, group: dict, params: list[Tensor]) -> None:
+        beta1, beta2 = group["betas"]
+        for p in params:
+            if "step" not in self.state[p]:
+                self.state[p]["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
+        adamw(
+            params,
+            [p.grad for p in params if p.grad is not None],
+            [self._state(p, "exp_avg") for p in params],
+            [self._state(p, "exp_avg_sq") for p in params],
+            [],
+            [self.state[p]["step"] for p in params],
+            fused=params[0].is_cuda,
+            capturable=params[0].is_cuda,
+            amsgrad=False,
+            beta1=beta1,
+            beta2=beta2,
+            lr=group["lr"],
+            weight_decay=group["weight_decay"],
+            eps=group["eps"],
+            maximize=False,
+        )
+
+    def _state(self, p: Tensor, name: str) -> Tensor:
+        if name not in self.state[p]:
+            self.state[p][name] = torch.zeros_like(p)
+        return self.state[p][name]
 
 
-def lr_factor(step: int, total: int, warmup: int, floor: float, schedule: str) -> float:
-    """What to multiply the peak learning rate with at `step` (from 0).
+def lr_factor(step: int, total: int, warmup: int, schedule: str, floor: float, decay_share: float) -> float:
+    """What to multiply the peak learning rate with at `step` (from 0): up in a straight line over `warmup` steps,
+    down to `floor`, reached at `total`.
 
-    Up in a straight line over `warmup` steps, down to `floor` along the schedule, reached at `total`.
+    cosine and linear fall all the way; wsd (warm-up, stable, decay: Hu et al. 2024, MiniCPM, section 4) stays at the
+    peak and falls in a straight line over the last `decay_share` of all steps.
     """
     if step < warmup:
         return (step + 1) / (warmup + 1)  # nanoGPT's: the first step already moves
-    progress = min(1.0, (step - warmup) / max(1, total - warmup))
-    return floor + (1 - floor) * SCHEDULES[schedule](progress)
+    start = max(warmup, total * (1 - decay_share)) if schedule == "wsd" else warmup
+    progress = min(1.0, max(0.0, (step - start) / max(1, total - start)))
+    fall = 0.5 * (1 + math.cos(math.pi * progress)) if schedule == "cosine" else 1 - progress
+    return floor + (1 - floor) * fall

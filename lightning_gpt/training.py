@@ -1,6 +1,8 @@
 """What happens in a step: loss, optimizer, schedule, log. No text, no files, no sampling."""
 
 import math
+import sys
+from copy import deepcopy
 from typing import Literal
 
 import lightning as L
@@ -9,14 +11,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics import MeanMetric, Metric, MetricCollection
 
+from .capture import CapturedStep
 from .data import mix
 from .model import GPT, GPTConfig
-from .optim import lr_factor, parameter_groups
+from .optim import Muon, adamw_groups, lr_factor, muon_groups
 
 
-def next_token_loss(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+def next_token_loss(net: GPT, x: Tensor, y: Tensor) -> Tensor:
     """Mean cross-entropy of the targets y (B, T) after the inputs x (B, T), in nats per token."""
-    return F.cross_entropy(net(x).flatten(0, 1), y.flatten())
+    return loss_of_features(net, net.features(x), y)
+
+
+def loss_of_features(net: GPT, features: Tensor, y: Tensor) -> Tensor:
+    return F.cross_entropy(net.logits(features).flatten(0, 1), y.flatten())
 
 
 class BitsPerCharacter(MeanMetric):
@@ -46,14 +53,25 @@ class LanguageModel(L.LightningModule):
         bias: whether linear layers and norms have one.
         tie_embeddings: whether the head shares the token embedding's matrix, as in GPT-2.
         activation: of the MLP.
+        position: learned, one vector for each place; or rotary, an angle between query and key.
+        norm: layer, with learnt weights; or rms, without, and after the embedding too.
+        qk_norm: whether each head normalises its queries and keys.
+        logit_cap: squash logits softly into (-cap, cap); 0 leaves them as they are.
+        init: gpt2; or zero, where branches and head start at 0.
+        optimizer: adamw; or muon for the blocks' matrices with adamw for the rest.
         learning_rate: AdamW's, at its peak.
+        muon_lr: Muon's, at its peak.
         betas: AdamW's decay rates of the gradient's mean and square.
-        weight_decay: AdamW's, on matrices and embeddings only.
+        weight_decay: on matrices and embeddings; with muon, on the blocks' matrices only.
         warmup_steps: optimizer steps over which the learning rate rises to its peak.
-        schedule: how it falls from there until trainer.max_steps.
+        schedule: how it falls from there until trainer.max_steps; wsd waits before it falls.
         min_lr_ratio: the last learning rate as a share of the peak; 1 keeps it constant.
+        decay_share: share of all steps over which wsd falls.
+        ema_decay: keep an exponential average of the weights, so much of which stays at every step; it is what is
+            validated, kept as best and sampled. 0 keeps none.
         seed: decides the dropout of step k.
-        compile: compile the training step (torch.compile): a minute's start for faster steps.
+        compile: compile the blocks (torch.compile) and, on one GPU, replay the whole step as a CUDA graph: a slow
+            start for fast steps. Callbacks' hooks inside a step are then called in its first few only.
     """
 
     def __init__(
@@ -66,22 +84,37 @@ class LanguageModel(L.LightningModule):
         dropout: float = GPTConfig.dropout,
         bias: bool = GPTConfig.bias,
         tie_embeddings: bool = GPTConfig.tie_embeddings,
-        activation: Literal["gelu", "relu"] = GPTConfig.activation,
+        activation: Literal["gelu", "relu", "relu2", "swiglu"] = GPTConfig.activation,
+        position: Literal["learned", "rotary"] = GPTConfig.position,
+        norm: Literal["layer", "rms"] = GPTConfig.norm,
+        qk_norm: bool = GPTConfig.qk_norm,
+        logit_cap: float = GPTConfig.logit_cap,
+        init: Literal["gpt2", "zero"] = GPTConfig.init,
+        optimizer: Literal["adamw", "muon"] = "adamw",
         learning_rate: float = 1e-3,
+        muon_lr: float = 0.02,
         betas: tuple[float, float] = (0.9, 0.99),
         weight_decay: float = 0.1,
         warmup_steps: int = 100,
-        schedule: Literal["cosine", "linear"] = "cosine",
+        schedule: Literal["cosine", "linear", "wsd"] = "cosine",
         min_lr_ratio: float = 0.1,
+        decay_share: float = 0.6,
+        ema_decay: float = 0.0,
         seed: int = 1337,
         compile: bool = False,
     ):
         super().__init__()
+        for name, value in {"ema_decay": ema_decay, "min_lr_ratio": min_lr_ratio, "decay_share": decay_share}.items():
+            if not 0 <= value <= 1 or value == 1 and name == "ema_decay":
+                raise ValueError(f"{name}={value} is a share: 0 or more, and less than 1 (min_lr_ratio may be 1)")
+        if warmup_steps < 0:
+            raise ValueError(f"warmup_steps={warmup_steps} must be 0 or more")
         self.save_hyperparameters()
-        self.net = GPT(
-            GPTConfig(vocab_size, block_size, n_layer, n_head, n_embd, dropout, bias, tie_embeddings, activation)
-        )
-        self.training_loss = next_token_loss
+        self.net = GPT(GPTConfig(**{name: self.hparams[name] for name in GPTConfig.__dataclass_fields__}))
+        self.average = deepcopy(self.net).requires_grad_(False) if ema_decay else None
+        self.head_loss, self.compiles = loss_of_features, False
+        self.captured: CapturedStep | None = None
+        self.grad_norm: Tensor | None = None
         metrics: dict[str, Metric | MetricCollection] = {
             "loss": MeanMetric(),
             "bpc": BitsPerCharacter(),
@@ -90,70 +123,127 @@ class LanguageModel(L.LightningModule):
         self.val_metrics = MetricCollection(metrics, prefix="val/")
         self.test_metrics = self.val_metrics.clone(prefix="test/")
 
-    def setup(self, stage: str) -> None:
-        if self.hparams.compile and stage == "fit":
-            # the loss and not the net: its fused end is in, the checkpoint's keys and sampling stay as they are
-            self.training_loss = torch.compile(next_token_loss)
+    @property
+    def final_net(self) -> GPT:
+        """The net that is validated, kept as best and sampled: the average where there is one."""
+        return self.net if self.average is None else self.average
 
-    def on_train_batch_start(self, batch, batch_idx: int) -> None:
-        # dropout's dice are a function of the step too, as a checkpoint holds no random state
-        torch.manual_seed(mix(self.hparams.seed, self.global_rank, self.trainer.fit_loop.total_batch_idx))
+    # --- a training step ---------------------------------------------------------------------------------------------
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        loss = self.training_loss(self.net, *batch)
-        if self.logs_this_step:
-            self.log("train/loss", loss.detach())
-            self.log("train/lr", self.trainer.optimizers[0].param_groups[0]["lr"])
-        return loss
+        x, y = batch
+        if not self.compiles:
+            return next_token_loss(self.net, x, y)
+        try:
+            return self.head_loss(self.net, self.net.features(x), y)
+        except torch._dynamo.exc.BackendCompilerFailed as error:
+            reason = str(error.__cause__ or error).strip().split("\n")[0][:150]
+            print(f"compile: true, but compiling failed ({reason}); training goes on uncompiled", file=sys.stderr)
+            self.compiles = False
+            torch.compiler.set_stance("force_eager")
+            return next_token_loss(self.net, x, y)
+
+    def on_train_batch_start(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        # dice and rates are functions of the step alone, so a resumed run needs neither from the checkpoint
+        torch.manual_seed(mix(self.hparams.seed, self.global_rank, self.trainer.fit_loop.total_batch_idx))
+        factor = self.lr_factor(self.trainer.global_step)
+        for group in self.trainer.optimizers[0].param_groups:
+            rate = group["peak_lr"] * factor
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
+        self.batch = batch
+
+    def lr_factor(self, step: int) -> float:
+        hp = self.hparams
+        return lr_factor(step, self.trainer.max_steps, hp.warmup_steps, hp.schedule, hp.min_lr_ratio, hp.decay_share)
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer, optimizer_closure=None) -> None:
+        def step():
+            optimizer.step(closure=optimizer_closure)
+            if self.average is not None:
+                ours, new = tuple(self.average.parameters()), tuple(self.net.parameters())
+                with torch.no_grad():
+                    torch._foreach_lerp_(ours, new, 1 - self.hparams.ema_decay)
+
+        if self.captured is None:
+            step()
+            return
+        self.captured(step, self.batch)
+        if self.captured.calls == self.captured.WARM_UP + 1:
+            self.recorded_result = optimizer_closure._result
+        elif self.captured.calls > self.captured.WARM_UP + 1:
+            optimizer_closure._result = self.recorded_result  # Lightning asks for it, and the closure did not run
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
         # by hand, as Lightning 2.6 refuses to clip for a fused optimizer under bf16-mixed
+        params = list(self.net.parameters())
         if gradient_clip_algorithm == "value":
-            nn.utils.clip_grad_value_(self.parameters(), gradient_clip_val)
-        elif gradient_clip_val or self.logs_this_step:
-            norm = nn.utils.clip_grad_norm_(self.parameters(), gradient_clip_val or math.inf)
-            if self.logs_this_step:
-                self.log("train/grad_norm", norm)
+            nn.utils.clip_grad_value_(params, gradient_clip_val)
+        self.grad_norm = nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
+        if gradient_clip_val and gradient_clip_algorithm != "value":
+            nn.utils.clip_grads_with_norm_(params, gradient_clip_val, self.grad_norm)
 
-    @property
-    def logs_this_step(self) -> bool:
-        """Whether the Trainer writes this step's values; self.log takes 0.4 ms even when they go nowhere."""
-        return (self.trainer.global_step + 1) % self.trainer.log_every_n_steps == 0
+    def logs_after(self, batch_idx: int) -> bool:
+        """Whether a step ends with this batch whose values are written; self.log takes 0.4 ms even for the others."""
+        every, steps_end = self.trainer.log_every_n_steps, (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0
+        return every > 0 and steps_end and self.trainer.global_step % every == 0
+
+    def on_train_batch_end(self, outputs, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        if self.logs_after(batch_idx):
+            self.log("train/loss", outputs["loss"].clone())  # a replayed step writes to the same place
+            self.log("train/lr", float(self.trainer.optimizers[0].param_groups[0]["lr"]))
+            self.log("train/grad_norm", self.grad_norm.clone())
+
+    # --- validation: a weighted mean over all tokens, exact whatever the windows' lengths and the ranks' shares -------
+
+    def on_validation_start(self) -> None:
+        if self.compiles:
+            torch.compiler.set_stance("force_eager")  # shapes vary here and in sampling: don't compile for each
+
+    def on_validation_end(self) -> None:
+        if self.compiles:
+            torch.compiler.set_stance("default")
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        # a weighted mean over all tokens: exact whatever the windows' lengths and the ranks' shares
-        self.val_metrics.update(next_token_loss(self.net, *batch), weight=batch[1].numel())
+        self.val_metrics.update(next_token_loss(self.final_net, *batch), weight=batch[1].numel())
         self.log_dict(self.val_metrics)
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        self.test_metrics.update(next_token_loss(self.net, *batch), weight=batch[1].numel())
+        self.test_metrics.update(next_token_loss(self.final_net, *batch), weight=batch[1].numel())
         self.log_dict(self.test_metrics)
 
-    def configure_optimizers(self):
-        hp, total = self.hparams, self.trainer.max_steps
-        if total < 1:
-            raise ValueError(f"trainer.max_steps={total}: give a number of steps, as the learning rate falls until it")
+    # --- set up, save and resume -------------------------------------------------------------------------------------
+
+    def parameter_groups(self) -> list[dict]:
+        hp = self.hparams
+        if hp.optimizer == "muon":
+            return muon_groups(self.net, hp.muon_lr, hp.weight_decay, hp.learning_rate, hp.betas)
+        return adamw_groups(self.net, hp.learning_rate, hp.betas, hp.weight_decay)
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        if self.hparams.optimizer == "muon":
+            return Muon(self.parameter_groups())
         # one kernel for all parameters; 16-mixed must see the gradients unscaled before they are clipped
         fused = self.device.type == "cuda" and self.trainer.precision != "16-mixed"
-        optimizer = torch.optim.AdamW(
-            parameter_groups(self.net, hp.weight_decay), lr=hp.learning_rate, betas=tuple(hp.betas), fused=fused
-        )
-        scheduler = torch.optim.lr_scheduler.LambdaLR(
-            optimizer, lambda step: lr_factor(step, total, hp.warmup_steps, hp.min_lr_ratio, hp.schedule)
-        )
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return torch.optim.AdamW(self.parameter_groups(), fused=fused, capturable=fused)
+
+    def on_train_start(self) -> None:
+        self.compiles = self.hparams.compile
+        if self.compiles:
+            for block in self.net.h:
+                block.compile(dynamic=False)  # in place and one for all: the checkpoint's keys stay as they are
+            self.head_loss = torch.compile(loss_of_features, dynamic=False)
+            alone = self.trainer.world_size == 1 and self.trainer.accumulate_grad_batches == 1
+            if self.device.type == "cuda" and alone and self.trainer.precision != "16-mixed":
+                self.captured = CapturedStep()
+        # a resumed optimizer keeps its moments, but takes its rates from today's settings
+        for group, fresh in zip(self.trainer.optimizers[0].param_groups, self.parameter_groups(), strict=True):
+            lr = torch.zeros((), device=self.device) if self.captured else 0.0
+            group.update({key: fresh[key] for key in fresh if key != "params"}, lr=lr)
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
         # saved after a validation, Lightning's count for the loggers is one behind, and a resumed curve would be too
         epoch_loop = checkpoint["loops"]["fit_loop"]["epoch_loop.state_dict"]
         epoch_loop["_batches_that_stepped"] = self.trainer.global_step
-
-    def on_train_start(self) -> None:
-        """A resumed optimizer keeps its moments, but takes its rates from today's settings."""
-        optimizer, scheduler = self.trainer.optimizers[0], self.lr_schedulers()
-        scheduler.base_lrs = [self.hparams.learning_rate] * len(optimizer.param_groups)
-        rate = self.hparams.learning_rate * scheduler.lr_lambdas[0](scheduler.last_epoch)
-        for group, fresh in zip(
-            optimizer.param_groups, parameter_groups(self.net, self.hparams.weight_decay), strict=True
-        ):
-            group.update(lr=rate, betas=tuple(self.hparams.betas), weight_decay=fresh["weight_decay"])

@@ -20,9 +20,23 @@ def loud(net):
     return net
 
 
+MODERN = dict(position="rotary", norm="rms", qk_norm=True, activation="relu2", logit_cap=5.0, init="zero", bias=False)
+
+
 @pytest.fixture
 def net():
     return loud(GPT(GPTConfig(V, T, n_layer=3, n_head=2, n_embd=16, dropout=0.0)))
+
+
+@pytest.fixture
+def modern():
+    return loud(GPT(GPTConfig(V, T, n_layer=3, n_head=2, n_embd=16, dropout=0.0, **MODERN)))
+
+
+@pytest.fixture(params=["net", "modern"])
+def any_net(request):
+    """GPT-2's block and the modern one, in turn."""
+    return request.getfixturevalue(request.param)
 
 
 @pytest.fixture

@@ -31,15 +31,26 @@ def test_a_run_is_one_folder_that_ends_with_a_validation_and_a_save(run):
 
 def test_best_is_the_lowest_and_last_the_newest(tmp_path, text_file):
     how = ["--trainer.val_check_interval", "2", "--trainer.log_every_n_steps", "1", "--model.learning_rate", "0.5"]
-    main(["fit", *TINY, *QUICK, *how, f"--data.corpus={text_file}", f"--trainer.default_root_dir={tmp_path}"])
+    main(
+        [
+            "fit",
+            *TINY,
+            *QUICK,
+            *how,
+            "--trainer.max_steps=9",
+            f"--data.corpus={text_file}",
+            f"--trainer.default_root_dir={tmp_path}",
+        ]
+    )
     run = tmp_path / "laptop" / "version_0"
     values, _ = scalars(run)
-    assert [step for step, _ in values["val/loss"]] == [1, 3, 4]  # counted from 0
+    assert [step for step, _ in values["val/loss"]] == [1, 3, 5, 7, 8]  # counted from 0
     best_step, best = min(values["val/loss"], key=lambda pair: pair[1])
     saved = torch.load(run / "checkpoints" / "best.ckpt", weights_only=True)
     assert saved["global_step"] == best_step + 1
-    for tag in "train/loss", "train/lr", "train/grad_norm", "perf/tokens_per_second":
-        assert len(values[tag]) == 5
+    for tag in "train/loss", "train/lr", "train/grad_norm":
+        assert len(values[tag]) == 9
+    assert [step for step, _ in values["perf/tokens_per_second"]] == [5, 6, 7, 8]  # the first are to warm up
     assert {"val/bpc", "val/perplexity"} <= set(values)
 
 

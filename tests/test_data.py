@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from lightning_gpt.data import TINY_SHAKESPEARE, EveryWindow, RandomWindows, TinyShakespeare
+from lightning_gpt.renaming import Renaming
 
 LINE = torch.arange(1000)  # token t stands at place t, so a window says where it is from
 
@@ -45,6 +46,51 @@ def test_ranks_shares_make_up_the_global_batch():
     whole = RandomWindows(LINE, 8, 6, seed=1).batch(5)
     parts = [RandomWindows(LINE, 8, 6, 1, 0, rank, 3).batch(5) for rank in range(3)]
     assert torch.equal(torch.stack(parts, 1).flatten(0, 1), whole)
+
+
+def test_two_shares_hold_out_a_part_of_the_training_split():
+    whole, tuning = TinyShakespeare(), TinyShakespeare(split=(0.81, 0.9))
+    assert torch.equal(torch.cat((tuning.train_tokens, tuning.val_tokens)), whole.train_tokens)
+    assert len(tuning.val_tokens) == 100_385
+
+
+PLAY = """ROMEO:
+But soft! Is it Romeo, that Romeo whom Juliet loves?
+
+LADY JULIET:
+A lady loves thee, ROMEO; go to Verona, leave Verona.
+
+KING:
+The king is no name, nor is But. Who saw Verona?
+"""
+
+
+def test_copies_rename_each_name_everywhere_and_nothing_else():
+    play = Renaming(PLAY, keep=0.0)
+    assert play.names == ["JULIET", "ROMEO", "VERONA"]
+    for seed in range(20):
+        copy = play.copy(seed)
+        heading, new = copy.split(":")[0], copy.split("LADY ")[1].split(":")[0]
+        town = copy.split("saw ")[1].split("?")[0]
+        by_hand = PLAY
+        for old, name in {"ROMEO": "<1>", "JULIET": "<2>", "Romeo": "<3>", "Juliet": "<4>", "Verona": "<5>"}.items():
+            by_hand = by_hand.replace(old, name)
+        for mark, name in zip("12345", (heading, new, heading.title(), new.title(), town), strict=True):
+            by_hand = by_hand.replace(f"<{mark}>", name)
+        assert copy == by_hand and heading.isupper() and town.istitle()
+    assert len({play.copy(seed) for seed in range(20)}) > 15 and play.copy(3) == Renaming(PLAY, keep=0.0).copy(3)
+
+
+def test_what_is_kept_stays_and_a_text_without_names_is_left_alone():
+    assert Renaming(PLAY, keep=1.0).copy(1) == PLAY
+    assert Renaming("no play at all\n", keep=0.0).copy(1) == "no play at all\n"
+
+
+def test_renamed_copies_add_to_the_training_text_and_leave_the_validation_split():
+    plain, copied = TinyShakespeare(), TinyShakespeare(renamed_copies=2)
+    assert torch.equal(copied.val_tokens, plain.val_tokens) and copied.vocab_size == 65
+    assert torch.equal(copied.train_tokens[: len(plain.train_tokens)], plain.train_tokens)
+    assert len(copied.train_tokens) > 2.9 * len(plain.train_tokens)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])

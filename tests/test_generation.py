@@ -11,13 +11,15 @@ from lightning_gpt.tokenizer import CharTokenizer
 
 
 @pytest.mark.parametrize("n", [1, T - 3, 4 * T])
-def test_cached_and_full_decoding_agree(net, idx, n):
+def test_cached_and_full_decoding_agree(any_net, idx, n):
+    net = any_net
     full = generate(net, idx[:, :3], n, temperature=0, use_cache=False)
     assert torch.equal(generate(net, idx[:, :3], n, temperature=0), full)
     assert full.shape == (2, 3 + n) and full.max() < V
 
 
-def test_cached_logits_equal_full_logits(net, idx):
+def test_cached_logits_equal_full_logits(any_net, idx):
+    net = any_net
     cache = KVCache()
     pieces = [net(idx[:, :5], cache)] + [net(idx[:, t : t + 1], cache) for t in range(5, T)]
     torch.testing.assert_close(torch.cat(pieces, 1), net(idx), rtol=0, atol=1e-12)

@@ -9,11 +9,12 @@ import torch
 from conftest import T, V, loud
 from torch.nn import functional as F
 
-from lightning_gpt.model import GPT, GPTConfig
+from lightning_gpt.model import GPT, GPTConfig, rotary_table, rotate
 from lightning_gpt.training import next_token_loss
 
 
-def test_the_past_never_sees_the_future(net, idx):
+def test_the_past_never_sees_the_future(any_net, idx):
+    net = any_net
     before = net(idx)
     for t in range(T):
         changed = idx.clone()
@@ -122,12 +123,87 @@ def test_dropout_is_on_embeddings_attention_and_branches(net, idx, place, monkey
     assert len(calls) == 1 + 2 * len(net.h)
 
 
+# --- the settings beyond GPT-2, each against its formula written out --------------------------------------------------
+
+
+def test_rms_norm_is_x_over_its_root_mean_square(modern):
+    x = torch.randn(2, T, 16, dtype=torch.float64)
+    by_hand = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+    torch.testing.assert_close(modern.h[0].ln_1(x), by_hand, rtol=0, atol=1e-12)
+    assert len(list(modern.ln_f.parameters())) == 0
+
+
+def test_rotary_is_a_complex_number_turned_by_its_position():
+    x, D = torch.randn(2, T, 3, 8, dtype=torch.float64), 8
+    z = torch.complex(x[..., :4], x[..., 4:])
+    angle = torch.arange(T)[:, None] * 10_000.0 ** (-2 * torch.arange(4, dtype=torch.float64) / D)
+    turned = z * torch.polar(torch.ones_like(angle), -angle)[:, None]
+    by_hand = torch.cat((turned.real, turned.imag), -1)
+    torch.testing.assert_close(rotate(x, rotary_table(T, D).double()), by_hand, rtol=0, atol=1e-5)  # a float32 table
+
+
+def test_rotary_attention_feels_distances_only():
+    q, k = torch.randn(2, 1, 1, 1, 8, dtype=torch.float64)
+    q, k = (rotate(z.expand(1, T, 1, 8), rotary_table(T, 8).double())[0, :, 0] for z in (q, k))
+    scores = q @ k.T
+    torch.testing.assert_close(scores[1:, 1:], scores[:-1, :-1], rtol=0, atol=1e-5)
+    assert not torch.allclose(scores[3], scores[3, 0])
+
+
+def test_qk_norm_and_rotary_stand_before_the_scores(modern):
+    layer, x = modern.h[0].attn, torch.randn(2, T, 16, dtype=torch.float64)
+    q, k, v = (part.view(2, T, 2, 8) for part in layer.c_attn(x).chunk(3, -1))
+    q, k = (rotate(z / (z.square().mean(-1, keepdim=True) + 1e-6).sqrt(), modern.rotary) for z in (q, k))
+    q, k, v = (z.transpose(1, 2) for z in (q, k, v))
+    scores = (q @ k.mT / math.sqrt(8)).masked_fill(~torch.ones(T, T).tril().bool(), -math.inf)
+    by_hand = layer.c_proj((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+    torch.testing.assert_close(layer(x, modern.rotary), by_hand, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("activation", ["relu2", "swiglu"])
+def test_the_mlp_is_its_formula(activation):
+    mlp = loud(GPT(GPTConfig(V, T, 1, 2, 18, 0.0, bias=False, activation=activation))).h[0].mlp
+    x = torch.randn(2, T, 18, dtype=torch.float64)
+    inner = x @ mlp.c_fc.weight.T
+    if activation == "relu2":
+        assert inner.size(-1) == 4 * 18
+        inner = inner.clamp(min=0) ** 2
+    else:
+        a, b = inner[..., :48], inner[..., 48:]
+        assert b.size(-1) == 48
+        inner = a / (1 + (-a).exp()) * b
+    torch.testing.assert_close(mlp(x), inner @ mlp.c_proj.weight.T, rtol=0, atol=1e-12)
+
+
+def test_logits_are_capped_softly(modern, idx):
+    x = modern.features(idx)
+    raw = modern.lm_head(modern.ln_f(x)) * 3
+    modern.lm_head.weight.data *= 3
+    torch.testing.assert_close(modern(idx), 5 * torch.tanh(raw / 5), rtol=0, atol=1e-12)
+    assert modern(idx).abs().max() < 5 < raw.abs().max()
+
+
+def test_zero_init_starts_as_a_uniform_guess_with_weights_of_the_right_size(idx):
+    torch.manual_seed(0)
+    net = GPT(GPTConfig(V, T, n_layer=2, n_head=4, n_embd=256, dropout=0.0, init="zero"))
+    assert next_token_loss(net, idx, idx).item() == pytest.approx(math.log(V), abs=1e-6)
+    for name, p in net.named_parameters():
+        zero = name.endswith(("c_proj.weight", "lm_head.weight", "bias"))
+        size = 0 if zero else 1 if p.dim() == 1 or name.startswith("w") else 0.5 / math.sqrt(256)
+        assert p.square().mean().sqrt().item() == pytest.approx(size, rel=0.05), name
+
+
+def test_rotary_with_an_odd_head_is_refused():
+    with pytest.raises(ValueError, match="every head an odd number, 3"):
+        GPTConfig(V, T, 1, n_head=4, n_embd=12, position="rotary")
+
+
 def test_a_text_longer_than_block_size_is_refused(net):
     with pytest.raises(ValueError, match="13 tokens do not fit into block_size=12"):
         net(torch.zeros(1, T + 1, dtype=torch.long))
 
 
-@pytest.mark.parametrize("module", ["model", "generation", "optim", "tokenizer", "checkpoint"])
+@pytest.mark.parametrize("module", ["model", "generation", "optim", "capture", "tokenizer", "renaming", "checkpoint"])
 def test_the_core_needs_torch_alone(module):
     code = f"import sys, lightning_gpt.{module}; sys.exit('lightning' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
