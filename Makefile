@@ -28,6 +28,9 @@ test: .venv/dev  ## pass the tests, in about a minute
 test-all: .venv/dev  ## pass the slow tests too
 	$(BIN)/pytest
 
+bench: .venv/installed  ## how fast the laptop's config trains here, beside a bare PyTorch loop
+	$(BIN)/python -m lightning_gpt.bench --config configs/laptop.yaml
+
 lint: .venv/dev  ## check style and types
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -37,4 +40,4 @@ clean:  ## remove what can be rebuilt; runs below checkpoints/ stay
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 
 .DEFAULT_GOAL := help
-.PHONY: help install train generate board test test-all lint clean
+.PHONY: help install train generate board test test-all bench lint clean

@@ -44,8 +44,7 @@ def idx():
     return torch.randint(V, (2, T), generator=torch.Generator().manual_seed(1))
 
 
-TINY = "--model.block_size 16 --model.n_layer 1 --model.n_head 2 --model.n_embd 16 --data.batch_size 8".split()
-QUICK = "--trainer.accelerator cpu --trainer.devices 1 --trainer.max_steps 5 --sample.length 20".split()
+TINY = ["--config", str(Path(__file__).parent / "tiny.yaml")]
 
 
 @pytest.fixture(scope="session")
@@ -61,8 +60,8 @@ def text_file(tmp_path_factory):
 def run(tmp_path_factory, text_file):
     """The folder of a short run, and what it printed."""
     root = tmp_path_factory.mktemp("run")
-    main(["fit", *TINY, *QUICK, "--data.corpus", str(text_file), "--trainer.default_root_dir", str(root)])
-    return Path(root) / "laptop" / "version_0"
+    main(["fit", *TINY, "--data.corpus", str(text_file), "--trainer.default_root_dir", str(root)])
+    return Path(root) / "tiny" / "version_0"
 
 
 @pytest.fixture

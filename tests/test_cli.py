@@ -1,18 +1,25 @@
 """The command line as its user meets it: what a run leaves, what a checkpoint brings, what bad input gets."""
 
+import math
+import os
 import pickle
+import re
 import shutil
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
+import lightning as L
 import pytest
 import torch
 import yaml
-from conftest import QUICK, TINY
+from conftest import TINY
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_gpt import checkpoint
 from lightning_gpt.cli import CONFIGS, main
+from lightning_gpt.optim import lr_factor
 
 
 def scalars(run):
@@ -35,14 +42,13 @@ def test_best_is_the_lowest_and_last_the_newest(tmp_path, text_file):
         [
             "fit",
             *TINY,
-            *QUICK,
             *how,
             "--trainer.max_steps=9",
             f"--data.corpus={text_file}",
             f"--trainer.default_root_dir={tmp_path}",
         ]
     )
-    run = tmp_path / "laptop" / "version_0"
+    run = tmp_path / "tiny" / "version_0"
     values, _ = scalars(run)
     assert [step for step, _ in values["val/loss"]] == [1, 3, 5, 7, 8]  # counted from 0
     best_step, best = min(values["val/loss"], key=lambda pair: pair[1])
@@ -62,7 +68,7 @@ def test_validate_needs_a_checkpoint_and_nothing_else(ckpt, run, capsys):
 
 def test_a_run_is_repeated_by_its_own_config(run, tmp_path):
     main(["fit", "--config", str(run / "config.yaml"), "--trainer.default_root_dir", str(tmp_path)])
-    first, again = (scalars(folder)[0]["val/loss"] for folder in (run, tmp_path / "laptop" / "version_0"))
+    first, again = (scalars(folder)[0]["val/loss"] for folder in (run, tmp_path / "tiny" / "version_0"))
     assert first == again
 
 
@@ -70,7 +76,7 @@ def test_fit_goes_on_from_a_checkpoint_with_its_settings(run, tmp_path):
     last = run / "checkpoints" / "last.ckpt"
     before = last.read_bytes()
     main(["fit", f"--ckpt_path={last}", "--trainer.max_steps=7", f"--trainer.default_root_dir={tmp_path}"])
-    values, _ = scalars(tmp_path / "laptop" / "version_0")
+    values, _ = scalars(tmp_path / "tiny" / "version_0")
     assert [step for step, _ in values["val/loss"]] == [6]
     assert last.read_bytes() == before
 
@@ -99,13 +105,8 @@ def test_without_a_path_the_newest_best_checkpoint_is_taken(run, tmp_path, monke
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in CONFIGS.glob("*.yaml")))
 def test_every_config_takes_a_step(name, tmp_path, capsys):
-    small = [
-        "--trainer.fast_dev_run=true",
-        "--data.batch_size=2",
-        "--sample.length=5",
-        "--trainer.accelerator=cpu",
-        "--trainer.devices=1",
-    ]
+    small = "--trainer.fast_dev_run=true --data.batch_size=2 --sample.length=5 --data.renamed_copies=0".split()
+    small += "--trainer.accelerator=cpu --trainer.devices=1 --trainer.precision=32-true --model.compile=false".split()
     main(["fit", f"--config={name}", *small, "--trainer.strategy=auto", f"--trainer.default_root_dir={tmp_path}"])
     assert not list(tmp_path.iterdir())
 
@@ -120,10 +121,115 @@ def test_configs_compose_and_the_last_word_wins(tmp_path, capsys):
 
 
 def test_output_that_is_no_terminal_gets_plain_lines(tmp_path, text_file, capsys):
-    main(["fit", *TINY, *QUICK, f"--data.corpus={text_file}", f"--trainer.default_root_dir={tmp_path}"])
+    main(["fit", *TINY, f"--data.corpus={text_file}", f"--trainer.default_root_dir={tmp_path}"])
     told = capsys.readouterr()
     assert told.err == "" and "\r" not in told.out and "\x1b" not in told.out
     assert "step 5/5" in told.out and "best.ckpt" in told.out and " generate\n" in told.out
+
+
+def test_test_gives_validates_figures(ckpt, capsys):
+    figures = []
+    for command in "validate", "test":
+        capsys.readouterr()
+        main([command, "--ckpt_path", str(ckpt)])
+        figures.append(re.findall(r"/(\w+)[^\w\n]+([\d.]+)", capsys.readouterr().out))
+    assert len(figures[0]) == 3 and figures[0] == figures[1]
+
+
+def test_what_is_logged_is_what_happened(tmp_path, text_file):
+    how = ["--trainer.log_every_n_steps=1", "--model.warmup_steps=2", "--model.learning_rate=0.01"]
+    main(["fit", *TINY, *how, f"--data.corpus={text_file}", f"--trainer.default_root_dir={tmp_path}"])
+    values, _ = scalars(tmp_path / "tiny" / "version_0")
+    rates = [0.01 * lr_factor(k, 5, 2, "cosine", 0.1, 0.6) for k in range(5)]
+    assert [value for _, value in values["train/lr"]] == pytest.approx(rates)
+    assert values["train/loss"][0][1] == pytest.approx(math.log(32), abs=0.1)  # a uniform guess at first
+
+
+class PowerCut(L.Callback):
+    def on_train_batch_start(self, trainer, *_):
+        if trainer.global_step == 3:
+            raise KeyboardInterrupt
+
+
+def test_a_run_cut_off_leaves_what_it_saved_every_n_steps(tmp_path, text_file):
+    how = ["--save_every_n_steps=2", f"--trainer.callbacks=[{{class_path: {__name__}.PowerCut}}]"]
+    with pytest.raises(SystemExit):
+        main(["fit", *TINY, *how, f"--data.corpus={text_file}", f"--trainer.default_root_dir={tmp_path}"])
+    assert torch.load(next(tmp_path.rglob("last.ckpt")), weights_only=True)["global_step"] == 2
+
+
+def test_a_checkpoint_brings_seed_and_precision(tmp_path, text_file, capsys):
+    how = ["--seed_everything=5", "--trainer.precision=bf16-true", f"--data.corpus={text_file}"]
+    main(["fit", *TINY, *how, f"--trainer.default_root_dir={tmp_path}"])
+    run = tmp_path / "tiny" / "version_0"
+    capsys.readouterr()
+    main(["validate", f"--ckpt_path={run}/checkpoints/best.ckpt"])
+    loss = scalars(run)[0]["val/loss"][-1][1]
+    assert re.search(r"val/loss[^\w\n]+([\d.]+)", capsys.readouterr().out).group(1)[:8] == f"{loss:.12f}"[:8]
+    again = ["--trainer.max_steps=6", f"--trainer.default_root_dir={tmp_path}/again"]
+    main(["fit", f"--ckpt_path={run}/checkpoints/last.ckpt", *again])
+    saved = torch.load(next((tmp_path / "again").rglob("last.ckpt")), weights_only=True)
+    assert saved["hyper_parameters"]["seed"] == saved["datamodule_hyper_parameters"]["seed"] == 5
+
+
+def test_generates_flags_reach_the_dice(ckpt, capsys):
+    ask = ["--ckpt_path", ckpt, "--prompt", "the cat", "--max_new_tokens", 40]
+    usual, likeliest = said(capsys, *ask), said(capsys, *ask, "--temperature", 0)
+    assert usual != likeliest == said(capsys, *ask, "--top_k", 1)
+
+
+def test_the_newest_checkpoint_is_taken(ckpt, tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "ROOT", tmp_path)
+    for age, name in enumerate(["b", "c", "a"]):
+        (tmp_path / name).mkdir()
+        shutil.copy(ckpt, tmp_path / name / "best.ckpt")
+        os.utime(tmp_path / name / "best.ckpt", (1000 - age, 1000 - age))
+    assert checkpoint.find("best") == tmp_path / "b" / "best.ckpt"
+
+
+def test_every_prompt_is_continued(tmp_path, text_file):
+    how = ["--sample.prompts=[the cat, who, sat]", "--trainer.log_every_n_steps=1"]
+    main(["fit", *TINY, *how, f"--data.corpus={text_file}", f"--trainer.default_root_dir={tmp_path}"])
+    values, board = scalars(tmp_path / "tiny" / "version_0")
+    shown = board.Tensors("samples/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert all(f"```\n{prompt}" in shown for prompt in ("the cat", "who", "sat"))
+
+
+def test_dropout_may_change_when_training_goes_on(run, tmp_path):
+    how = ["--model.dropout=0.5", "--trainer.max_steps=6", f"--trainer.default_root_dir={tmp_path}"]
+    main(["fit", f"--ckpt_path={run}/checkpoints/last.ckpt", *how])
+    assert torch.load(next(tmp_path.rglob("last.ckpt")), weights_only=True)["hyper_parameters"]["dropout"] == 0.5
+
+
+def test_weight_decay_and_betas_are_those_that_were_asked(run, tmp_path):
+    how = ["--model.betas=[0.8,0.9]", "--model.weight_decay=0.3", "--trainer.max_steps=6"]
+    main(["fit", f"--ckpt_path={run}/checkpoints/last.ckpt", *how, f"--trainer.default_root_dir={tmp_path}"])
+    for path, decay, betas in (run, 0.1, (0.9, 0.99)), (tmp_path, 0.3, (0.8, 0.9)):
+        saved = torch.load(next(path.rglob("last.ckpt")), weights_only=True)
+        groups = saved["optimizer_states"][0]["param_groups"]
+        assert [(g["weight_decay"], tuple(g["betas"])) for g in groups] == [(decay, betas), (0.0, betas)]
+
+
+def test_a_text_without_new_lines_trains_and_speaks(tmp_path, capsys):
+    text = write(tmp_path, b"ab ac ad " * 100)
+    main(["fit", *TINY, f"--data.corpus={text}", f"--trainer.default_root_dir={tmp_path}/run"])
+    assert "best.ckpt" in capsys.readouterr().out
+    best = next(tmp_path.rglob("best.ckpt"))
+    assert set(said(capsys, "--ckpt_path", best, "--max_new_tokens", 9)) <= set(" abcd\n")
+
+
+def test_a_run_without_checkpoints_or_validation_ends_well(tmp_path, text_file, capsys):
+    where = [f"--data.corpus={text_file}", f"--trainer.default_root_dir={tmp_path}"]
+    main(["fit", *TINY, *where, "--trainer.enable_checkpointing=false"])
+    assert not list(tmp_path.rglob("*.ckpt"))
+    main(["fit", *TINY, *where, "--trainer.limit_val_batches=0"])
+    assert "last.ckpt" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_a_reader_that_goes_away_ends_it_quietly(ckpt):
+    command = f"{sys.executable} -m lightning_gpt generate --ckpt_path {ckpt} --max_new_tokens 3000 | head -c 20"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert len(done.stdout) == 20 and done.stderr == ""
 
 
 # --- bad input -------------------------------------------------------------------------------------------------------
@@ -148,7 +254,7 @@ def write(tmp_path, content):
 )
 def test_bad_corpus(tmp_path, fails, content, message):
     path = tmp_path / "none" if content is None else write(tmp_path, content)
-    assert message in fails("fit", *TINY, *QUICK, f"--data.corpus={path}", f"--trainer.default_root_dir={tmp_path}/run")
+    assert message in fails("fit", *TINY, f"--data.corpus={path}", f"--trainer.default_root_dir={tmp_path}/run")
     assert not (tmp_path / "run").exists()
 
 
@@ -166,12 +272,23 @@ def test_bad_corpus(tmp_path, fails, content, message):
         (["--config=nowhere.yaml"], "bigram"),
         (["--trainer.max_steps=-1"], "trainer.max_steps=-1"),
         (["--sample.prompts=['a €']"], "'€'"),
+        (["--sample.temperature=-1"], "temperature=-1.0"),
+        (["--sample.length=-3"], "sample.length=-3"),
+        (["--model.warmup_steps=-5"], "warmup_steps=-5"),
+        (["--model.min_lr_ratio=7"], "min_lr_ratio=7.0"),
+        (["--model.ema_decay=1"], "ema_decay=1.0"),
+        (["--save_every_n_steps=-1"], "save_every_n_steps=-1"),
+        (["--name=../../out"], "name='../../out'"),
+        (["--seed_everything=true"], "seed_everything=True"),
+        (["--seed_everything=-5"], "seed_everything=-5"),
+        (["--data.split=[0.9,0.8]"], "data.split=(0.9, 0.8)"),
+        (["--model.position=rotary", "--model.n_embd=18"], "every head an odd number, 9"),
         (["--ckpt_path=nowhere.ckpt"], "nowhere.ckpt does not exist"),
     ],
 )
 def test_bad_settings(tmp_path, fails, flags, message, text_file):
     where = [f"--data.corpus={text_file}", f"--trainer.default_root_dir={tmp_path}"]
-    assert message in fails("fit", *TINY, *QUICK, *where, *flags)
+    assert message in fails("fit", *TINY, *where, *flags)
     assert not list(tmp_path.rglob("*.ckpt"))
 
 

@@ -1,6 +1,7 @@
 """The corpus and its windows."""
 
 import hashlib
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -102,3 +103,38 @@ def test_validation_predicts_every_token_but_the_first_once(n, world_size):
         for window in EveryWindow(LINE[:n], 8, 3, rank, world_size)
     ]
     assert torch.equal(torch.cat(targets).sort().values, LINE[1:n])
+
+
+def on_rank(rank, world_size):
+    """The data as one of several processes gets it."""
+    data = TinyShakespeare(block_size=16, batch_size=6)
+    data.trainer = SimpleNamespace(global_step=0, accumulate_grad_batches=1, global_rank=rank, world_size=world_size)
+    return data
+
+
+def test_the_loaders_give_each_rank_its_own_share():
+    whole = next(iter(on_rank(0, 1).train_dataloader()))
+    parts = [next(iter(on_rank(rank, 3).train_dataloader())) for rank in range(3)]
+    assert torch.equal(torch.stack(parts, 1).flatten(0, 1), whole)
+    targets = sum(window[:, 1:].numel() for rank in range(3) for window in on_rank(rank, 3).val_dataloader())
+    assert targets == len(on_rank(0, 1).val_tokens) - 1
+
+
+def test_a_batch_that_the_devices_cannot_share_is_refused():
+    with pytest.raises(ValueError, match="batch_size=6 can't be shared equally by 4 devices: take 4 or 8"):
+        on_rank(0, 4).train_dataloader()
+
+
+@pytest.mark.parametrize("size, dtype", [(256, torch.uint8), (257, torch.int16), (40_000, torch.int32)])
+def test_tokens_travel_in_the_smallest_type_that_holds_them(tmp_path, size, dtype):
+    text = "".join(chr(0x10000 + i) for i in range(size)) * 2
+    (tmp_path / "text").write_text(text)
+    data = TinyShakespeare(str(tmp_path / "text"), block_size=8)
+    assert data.train_tokens.dtype == dtype
+    assert data.tokenizer.decode(data.train_tokens) + data.tokenizer.decode(data.val_tokens) == text
+
+
+def test_a_checkpoints_vocabulary_serves_a_text_with_fewer_characters_and_line_ends_stay(tmp_path):
+    (tmp_path / "text").write_bytes(b"b\r\na" * 50)
+    data = TinyShakespeare(str(tmp_path / "text"), block_size=8, vocabulary="\n\rabcd")
+    assert data.vocab_size == 6 and data.train_tokens[:4].tolist() == [3, 1, 0, 2]

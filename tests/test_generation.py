@@ -7,6 +7,7 @@ import torch
 from conftest import T, V
 
 from lightning_gpt.generation import KVCache, generate, sample
+from lightning_gpt.model import GPT, GPTConfig
 from lightning_gpt.tokenizer import CharTokenizer
 
 
@@ -79,3 +80,21 @@ def test_text_survives_encoding_and_unknown_characters_are_named():
     assert tokenizer.decode(tokenizer.encode("whöld\n🎭 é")) == "whöld\n🎭 é"
     with pytest.raises(ValueError, match="'XZ'"):
         tokenizer.encode("hZXXo")
+
+
+@pytest.mark.parametrize("use_cache", [True, False])
+def test_each_token_is_drawn_from_what_the_newest_block_size_tokens_say(any_net, idx, use_cache):
+    net, used = any_net, []
+    with net.register_forward_hook(lambda net, args, logits: used.append(logits[:, -1])):
+        text = generate(net, idx[:, :3], 2 * T, use_cache=use_cache, generator=torch.Generator().manual_seed(0))
+    for at, logits in enumerate(used, start=3):
+        torch.testing.assert_close(logits, net(text[:, max(0, at - T) : at])[:, -1], rtol=0, atol=1e-12)
+    assert len(used) == 2 * T
+
+
+def test_generation_has_no_dropout(idx):
+    torch.manual_seed(0)
+    net = GPT(GPTConfig(V, T, n_layer=2, n_head=2, n_embd=16, dropout=0.9)).train()
+    torch.nn.init.normal_(net.lm_head.weight)
+    texts = [generate(net, idx[:, :3], 8, temperature=0) for _ in range(5)]
+    assert all(torch.equal(text, texts[0]) for text in texts)

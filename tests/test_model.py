@@ -105,22 +105,24 @@ def test_noise_cannot_be_predicted():
     assert sum(losses[200:]) / 100 > math.log(16) - 0.01
 
 
-@pytest.mark.parametrize("place", ["embedding", "attention", "branches"])
-def test_dropout_is_on_embeddings_attention_and_branches(net, idx, place, monkeypatch):
-    real, calls = F.dropout, []
+def test_dropout_has_the_asked_probability_in_training_and_none_else(idx, monkeypatch):
+    net, asked = GPT(GPTConfig(V, T, n_layer=3, n_head=2, n_embd=16, dropout=0.3)), []
+    dropout, attention = F.dropout, F.scaled_dot_product_attention
 
-    def only_here(x, p, training):
-        calls.append(x.shape)
-        here = (len(calls) == 1) if place == "embedding" else (len(calls) > 1 and place == "branches")
-        return real(x, 0.5, training) if here else x
+    def watched_dropout(x, p, training):
+        asked.append(p if training else 0.0)
+        return dropout(x, p, training)
 
-    monkeypatch.setattr(F, "dropout", only_here)
-    for block in net.h:
-        block.attn.dropout = 0.5 if place == "attention" else 0.0
-    quiet = net(idx)
-    calls.clear()
-    assert not torch.allclose(net.train()(idx), quiet)
-    assert len(calls) == 1 + 2 * len(net.h)
+    def watched_attention(*qkv, dropout_p, **how):
+        asked.append(dropout_p)
+        return attention(*qkv, dropout_p=dropout_p, **how)
+
+    monkeypatch.setattr(F, "dropout", watched_dropout)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watched_attention)
+    for training, p in (True, 0.3), (False, 0.0):
+        asked.clear()
+        net.train(training)(idx)
+        assert asked == [p] * (1 + 3 * len(net.h))  # embedding; in each block attention and two branches
 
 
 # --- the settings beyond GPT-2, each against its formula written out --------------------------------------------------
@@ -203,7 +205,7 @@ def test_a_text_longer_than_block_size_is_refused(net):
         net(torch.zeros(1, T + 1, dtype=torch.long))
 
 
-@pytest.mark.parametrize("module", ["model", "generation", "optim", "capture", "tokenizer", "renaming", "checkpoint"])
-def test_the_core_needs_torch_alone(module):
-    code = f"import sys, lightning_gpt.{module}; sys.exit('lightning' in sys.modules)"
+def test_the_core_needs_torch_alone():
+    modules = "model, generation, optim, capture, tokenizer, renaming, checkpoint"
+    code = f"import sys; from lightning_gpt import {modules}; sys.exit('lightning' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

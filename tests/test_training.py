@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from copy import deepcopy
+from types import SimpleNamespace
 
 import lightning as L
 import pytest
@@ -14,7 +15,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.nn import functional as F
 
 from lightning_gpt import checkpoint
-from lightning_gpt.callbacks import SampleText
+from lightning_gpt.callbacks import SampleText, SaveLast
 from lightning_gpt.data import EveryWindow, TinyShakespeare
 from lightning_gpt.model import GPT, GPTConfig
 from lightning_gpt.optim import Muon, adamw_groups, lr_factor, muon_groups
@@ -72,6 +73,31 @@ def test_a_resumed_run_takes_its_rates_from_todays_settings(tmp_path):
     *_, trainer = fit(tmp_path, 11, ckpt_path=tmp_path / "step=10.ckpt", model={"learning_rate": 5e-3})
     factor = lr_factor(10, 11, 3, "cosine", 0.1, 0.6)
     assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(5e-3 * factor)
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_dropouts_dice_differ_from_batch_to_batch(tmp_path, accumulate):
+    class Dice(L.Callback):
+        seeds = []
+
+        def on_before_backward(self, *_):
+            self.seeds.append(torch.initial_seed())
+
+    watch = Dice()
+    fit(tmp_path, 3, callbacks=[watch], accumulate_grad_batches=accumulate)
+    assert len(set(watch.seeds[-3 * accumulate :])) == 3 * accumulate
+
+
+def test_dropouts_dice_depend_on_seed_and_rank():
+    def dice(seed, rank):
+        lm = LanguageModel(block_size=8, n_layer=0, n_head=1, n_embd=4, seed=seed)
+        no_optimizer, fifth = [SimpleNamespace(param_groups=[])], SimpleNamespace(total_batch_idx=5)
+        place = dict(global_rank=rank, fit_loop=fifth, global_step=5, max_steps=9, optimizers=no_optimizer)
+        lm._trainer = SimpleNamespace(**place)  # all that the start of a batch asks of Lightning
+        lm.on_train_batch_start(None, 0)
+        return torch.initial_seed()
+
+    assert len({dice(seed, rank) for seed in (1, 2) for rank in (0, 1)}) == 4
 
 
 def test_sampling_does_not_change_training(tmp_path):
@@ -223,6 +249,9 @@ def test_the_schedules_hit_their_marks():
         assert f[0] == pytest.approx(1 / 11) and f[10] == 1.0 and f[60] == pytest.approx(0.55)
         assert f[110:] == pytest.approx([0.1] * 10)
         assert all(a >= b for a, b in zip(f[10:], f[11:], strict=False))
+        assert lr_factor(35, 110, 10, schedule, 0.0, 0.6) == pytest.approx(
+            {"linear": 0.75, "cosine": 0.5 + math.sqrt(0.125)}[schedule]
+        )
     assert lr_factor(7, 10, 0, "cosine", 1.0, 0.6) == 1.0
 
 
@@ -242,6 +271,37 @@ def test_gradients_are_clipped_to_the_norm_that_was_asked(tmp_path, precision):
 
     fit(tmp_path, 5, callbacks=[Watch()], gradient_clip_val=0.01, precision=precision)
     assert max(norms) == pytest.approx(0.01, rel=1e-3)
+
+
+def test_gradients_are_clipped_to_the_value_that_was_asked(tmp_path):
+    class Watch(L.Callback):
+        def on_before_zero_grad(self, trainer, lm, optimizer):
+            self.most = max((p.grad.abs().max().item() for p in lm.parameters() if p.grad is not None), default=0.0)
+
+    watch = Watch()
+    fit(tmp_path, 3, callbacks=[watch], gradient_clip_val=1e-4, gradient_clip_algorithm="value")
+    assert watch.most == pytest.approx(1e-4)
+
+
+@pytest.mark.parametrize("every, saved", [(0, [3, 6, 7]), (2, [2, 3, 4, 6, 7]), (7, [3, 6, 7])])
+def test_last_is_saved_after_validations_every_n_steps_and_at_the_end(tmp_path, every, saved):
+    class Watch(L.Callback):
+        def on_save_checkpoint(self, trainer, lm, checkpoint):
+            self.steps.append(trainer.global_step)
+
+    watch = Watch()
+    watch.steps = []
+    fit(tmp_path, 7, callbacks=[SaveLast(str(tmp_path), every), watch], val_check_interval=3)
+    assert sorted(set(watch.steps)) == saved
+    assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 7
+
+
+def test_samples_have_dice_of_their_own(tmp_path):
+    sampler = SampleText(length=20, console_length=0)
+    *_, trainer = fit(tmp_path, 2, callbacks=[sampler])
+    before = torch.get_rng_state()
+    texts = [sampler.sample(trainer, trainer.lightning_module, ["To be "]) for _ in range(2)]
+    assert texts[0] == texts[1] and torch.equal(torch.get_rng_state(), before)
 
 
 # --- compiling --------------------------------------------------------------------------------------------------------
