@@ -37,7 +37,7 @@ TRAINER_DEFAULTS = {
 }
 # what may differ from the checkpoint: in fit all but what the weights were shaped by, else only what changes no figure
 FIXED_IN_FIT = {field.name for field in dataclasses.fields(GPTConfig)} - {"dropout"} | {"vocabulary"}
-FREE_IN_VALIDATE = {"corpus", "batch_size", "compile", "seed"}
+FREE_IN_VALIDATE = {"corpus", "batch_size", "compile", "renamed_copies", "seed"}
 
 
 def generate(
@@ -145,19 +145,15 @@ class CLI(LightningCLI):
     def parse_arguments(self, parser, args) -> None:
         self.config = parser.parse_args(args)
         command = self.config.subcommand
+        if command in ("validate", "test") or (command == "fit" and self.config.fit.ckpt_path):
+            self.start_from_checkpoint(parser, args, command)
         if command == "fit":
             self.refuse_nonsense(self.config.fit)
-        if command == "generate" or (command == "fit" and not self.config.fit.ckpt_path):
-            return
+
+    def start_from_checkpoint(self, parser, args: list[str], command: str) -> None:
         path = checkpoint.find(self.config[command].ckpt_path or "best")
         saved = checkpoint.read(path)
-        settings = yaml.safe_load(saved.get("config", "")) or {}
-        if command == "fit":
-            settings = {key: settings[key] for key in ("name", "trainer") if key in settings}
-        else:  # the precision it was trained in gives the very val/loss of that run
-            settings = {"trainer": {"precision": settings["trainer"]["precision"]}} if settings else {}
-        settings |= {"model": saved["hyper_parameters"], "data": saved["datamodule_hyper_parameters"]}
-        settings["seed_everything"] = settings["model"]["seed"]
+        settings = settings_of_run(saved, command)
         # the checkpoint's settings come first, so that configs and flags win over them ...
         at = args.index(command) + 1
         as_config = yaml.safe_dump(plain(settings))
@@ -182,7 +178,7 @@ class CLI(LightningCLI):
             raise ValueError(f"save_every_n_steps={config.save_every_n_steps} must be 0 (never) or more")
         if config.name in ("", ".", "..") or Path(config.name).name != config.name:
             raise ValueError(
-                f"name={config.name!r} names a folder below {config.trainer.default_root_dir}/: no slashes"
+                f"name={config.name!r} is to name a folder below {config.trainer.default_root_dir}/, without a slash"
             )
 
     def _set_seed(self) -> None:
@@ -259,6 +255,23 @@ class CLI(LightningCLI):
             generate(**{key: self.config.generate[key] for key in self._generate_args})
         else:
             super()._run_subcommand(subcommand)
+
+
+def settings_of_run(saved: dict, command: str) -> dict:
+    """What a checkpoint says of its run, as a config: plain values only, and no class for anybody to import."""
+    run = yaml.safe_load(saved.get("config", "")) or {}
+    trainer = {
+        key: value
+        for key, value in run.get("trainer", {}).items()
+        if key not in ("callbacks", "logger", "plugins", "profiler", "default_root_dir") and not isinstance(value, dict)
+    }
+    model, data = saved["hyper_parameters"], saved["datamodule_hyper_parameters"]
+    if command == "fit":
+        settings = {key: run[key] for key in ("name", "save_every_n_steps", "sample") if key in run}
+    else:  # the precision it was trained in gives the very val/loss of that run, and copies are there to train on
+        settings, trainer = {}, {key: trainer[key] for key in ("precision",) if key in trainer}
+        data = data | {"renamed_copies": 0}
+    return settings | {"trainer": trainer, "model": model, "data": data, "seed_everything": model["seed"]}
 
 
 def plain(value):

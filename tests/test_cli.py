@@ -354,6 +354,32 @@ def test_a_bad_checkpoint_is_refused_and_never_runs(command, ckpt, tmp_path, fai
     assert not Path("bomb").exists()
 
 
+def test_a_checkpoint_can_not_have_classes_imported(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    Path("evil.py").write_text("from lightning import Callback\nopen('bomb', 'w')\nclass Evil(Callback): ...")
+    saved = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    config = yaml.safe_load(saved["config"])
+    config["trainer"] |= {
+        "callbacks": [{"class_path": "evil.Evil"}],
+        "profiler": "evil.Evil",
+        "strategy": {"class_path": "evil.Evil"},
+        "default_root_dir": str(tmp_path / "elsewhere"),
+    }
+    torch.save(saved | {"config": yaml.safe_dump(config)}, "hostile.ckpt")
+    main(["fit", "--ckpt_path=hostile.ckpt", "--trainer.max_steps=6"])
+    main(["validate", "--ckpt_path=hostile.ckpt"])
+    assert Path("checkpoints/tiny/version_0").exists()
+    assert not Path("bomb").exists() and not Path("elsewhere").exists()
+
+
+def test_a_checkpoint_that_names_a_folder_elsewhere_is_refused(run, tmp_path, fails, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    saved = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    torch.save(saved | {"config": saved["config"].replace("name: tiny", "name: ../out")}, "hostile.ckpt")
+    assert "name='../out'" in fails("fit", "--ckpt_path=hostile.ckpt", "--trainer.max_steps=6")
+
+
 def test_a_checkpoint_describes_itself(ckpt, text_file):
     net, tokenizer = checkpoint.load(ckpt)
     assert tokenizer.vocabulary == "".join(sorted(set(text_file.read_text())))
