@@ -4,7 +4,7 @@ import sys
 import time
 from itertools import groupby
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import lightning as L
 import torch
@@ -201,9 +201,3 @@ class Progress(TQDMProgressBar):
         super().on_validation_end(trainer, lm)
         if not self.on_terminal and trainer.is_global_zero and trainer.state.fn == "fit":
             self.plain_line(trainer, lm)
-
-    def print(self, *args: Any, sep: str = " ", **kwargs: Any) -> None:
-        if self.on_terminal:
-            super().print(*args, sep=sep, **kwargs)
-        else:
-            print(*args, sep=sep, flush=True)
