@@ -1,0 +1,80 @@
+"""What configs, flags and a checkpoint say of a run, before anything is built. Plain Python."""
+
+import dataclasses
+from pathlib import Path
+
+import yaml
+
+from .model import GPTConfig
+
+CONFIGS = Path(__file__).parent / "configs"
+# what may differ from the checkpoint: in fit all but what the weights were shaped by, else only what changes no figure
+FIXED_IN_FIT = {field.name for field in dataclasses.fields(GPTConfig)} - {"dropout"} | {"vocabulary"}
+FREE_IN_VALIDATE = {"corpus", "batch_size", "compile", "renamed_copies", "seed"}
+
+
+def refuse_nonsense(config) -> None:
+    """Raises ValueError for settings of `fit` that no type forbids."""
+    if isinstance(config.seed_everything, bool) or config.seed_everything < 0:
+        raise ValueError(f"seed_everything={config.seed_everything}: give a number, 0 or more; it repeats the run")
+    if config.trainer.max_steps < 1:
+        raise ValueError(
+            f"trainer.max_steps={config.trainer.max_steps}: give a number of steps, which the rate falls along"
+        )
+    if config.save_every_n_steps < 0:
+        raise ValueError(f"save_every_n_steps={config.save_every_n_steps} must be 0 (never) or more")
+    if config.name in ("", ".", "..") or Path(config.name).name != config.name:
+        raise ValueError(
+            f"name={config.name!r} is to name a folder below {config.trainer.default_root_dir}/, without a slash"
+        )
+
+
+def settings_of_run(saved: dict, command: str) -> dict:
+    """What a checkpoint says of its run, as a config: plain values only, and no class for anybody to import."""
+    run = yaml.safe_load(saved.get("config", "")) or {}
+    trainer = {
+        key: value
+        for key, value in run.get("trainer", {}).items()
+        if key not in ("callbacks", "logger", "plugins", "profiler", "default_root_dir") and not isinstance(value, dict)
+    }
+    model, data = saved["hyper_parameters"], saved["datamodule_hyper_parameters"]
+    if command == "fit":
+        settings = {key: run[key] for key in ("name", "save_every_n_steps", "sample") if key in run}
+    else:  # the precision it was trained in gives the very val/loss of that run, and copies are there to train on
+        settings, trainer = {}, {key: trainer[key] for key in ("precision",) if key in trainer}
+        data = data | {"renamed_copies": 0}
+    return settings | {"trainer": trainer, "model": model, "data": data, "seed_everything": model["seed"]}
+
+
+def plain(value):
+    """Tuples as lists, as YAML has no other."""
+    if isinstance(value, dict):
+        return {k: plain(v) for k, v in value.items()}
+    return [plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def refuse_contradictions(command: str, config, settings: dict, path: Path) -> None:
+    """Raises ValueError if a flag or config says otherwise than the checkpoint where the checkpoint must be right."""
+    for group in "model", "data":
+        for key, value in config[group].items():
+            fixed = key in FIXED_IN_FIT if command == "fit" else key not in FREE_IN_VALIDATE
+            saved = settings[group].get(key)
+            if fixed and plain(value) != plain(saved):
+                raise ValueError(
+                    f"{group}.{key}={value} contradicts the checkpoint {path}, which has {saved}: leave it out"
+                )
+
+
+def named_configs(args: list[str]) -> list[str]:
+    """`--config laptop` means the packaged file where no such path exists; a fit without any config takes laptop."""
+    args = [part for arg in args for part in (arg.split("=", 1) if arg.startswith(("--config=", "-c=")) else [arg])]
+    for i, arg in enumerate(args[1:], start=1):
+        if args[i - 1] in ("--config", "-c") and not Path(arg).exists():
+            packaged = CONFIGS / f"{arg}.yaml"
+            if not packaged.exists():
+                names = ", ".join(sorted(file.stem for file in CONFIGS.glob("*.yaml")))
+                raise FileNotFoundError(f"--config {arg} is neither a file nor one of the packaged {names}")
+            args[i] = str(packaged)
+    if args[:1] == ["fit"] and not {"--config", "-c", "--ckpt_path"} & {arg.split("=")[0] for arg in args}:
+        args[1:1] = ["--config", str(CONFIGS / "laptop.yaml")]
+    return args
