@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 class KVCache:
     """Keys and values of the tokens seen so far, one (B, H, T, D) pair for each attention layer."""
 
+    tail: Tensor  # the last token ids (B, n - 1), for a net with n-grams
+
     def __init__(self) -> None:
         self.length = 0
         self._pairs: dict[nn.Module, tuple[Tensor, Tensor]] = {}

@@ -40,9 +40,11 @@ class GPTConfig:
     qk_norm: bool = False  # rms-normalise queries and keys, each head for itself
     logit_cap: float = 0.0  # squash logits softly into (-cap, cap); 0 leaves them as they are
     init: Literal["gpt2", "zero"] = "gpt2"  # zero: branches and head start at 0, so the first loss is ln V
+    ngram: int = 1  # up to so many tokens in a row have an embedding of their own, see `GPT.ngrams`; 1 has none
+    ngram_rows: int = 65536  # of the table that holds them
 
     def __post_init__(self):
-        for name, least in dict(vocab_size=1, block_size=1, n_layer=0, n_head=1, n_embd=1).items():
+        for name, least in dict(vocab_size=1, block_size=1, n_layer=0, n_head=1, n_embd=1, ngram=1, ngram_rows=1).items():
             if (size := getattr(self, name)) < least:
                 raise ValueError(f"{name}={size} must be at least {least}")
         if self.n_embd % self.n_head:
@@ -162,6 +164,8 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        if config.ngram > 1:
+            self.wng = nn.Embedding(config.ngram_rows, config.n_embd)
         if config.position == "learned":
             self.wpe = nn.Embedding(config.block_size, config.n_embd)
         else:
@@ -178,13 +182,13 @@ class GPT(nn.Module):
     def init_weights(self) -> None:
         """gpt2: matrices normal(0, 0.02), thinner where a branch joins the residual stream; biases 0 (section 2.3).
 
-        zero: branches and head 0, embeddings normal(0, 1), other matrices uniform with std 0.5 / sqrt(n_embd).
+        zero: branches, head and n-grams 0, embeddings normal(0, 1), other matrices uniform with std 0.5/sqrt(n_embd).
         """
         for name, p in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(p)
             elif self.config.init == "zero":
-                if name.endswith("c_proj.weight") or (name == "lm_head.weight"):
+                if name.endswith("c_proj.weight") or name in ("lm_head.weight", "wng.weight"):
                     nn.init.zeros_(p)
                 elif name in ("wte.weight", "wpe.weight"):
                     nn.init.normal_(p)
@@ -195,6 +199,23 @@ class GPT(nn.Module):
                 nn.init.normal_(p, std=0.02 / math.sqrt(2 * self.config.n_layer))
             elif p.dim() == 2:
                 nn.init.normal_(p, std=0.02)
+
+    def ngrams(self, idx: Tensor, cache: "KVCache | None" = None) -> Tensor:
+        """The sum (B, T, C) of a vector for the last two tokens at each place, one for the last three ... `ngram`.
+
+        Byte Latent Transformer (Pagnoni et al. 2024), section 3.2.1: there are more n-grams than rows, so a hash
+        deals the rows out and some n-grams share one. What a first layer would have to learn, the table knows.
+        """
+        n, known = self.config.ngram, cache is not None and cache.length > 0
+        ids = torch.cat((cache.tail, idx), 1) if known else F.pad(idx, (n - 1, 0), value=-1)  # -1: nothing there
+        if cache is not None:
+            cache.tail = ids[:, ids.size(1) - n + 1 :]
+        key, keys = idx, []
+        for k in range(1, n):
+            earlier = ids[:, n - 1 - k : ids.size(1) - k]  # the token k places before
+            key = (key * 1_000_003 + earlier + 1) % 2_147_483_647
+            keys.append(key % self.config.ngram_rows)
+        return self.wng(torch.stack(keys)).sum(0)
 
     def logits(self, x: Tensor) -> Tensor:
         """Logits (B, T, V) of what the last block made, x (B, T, C); capped as in Gemma 2 (2024), section 2."""
@@ -228,6 +249,8 @@ class GPT(nn.Module):
             x = x + self.wpe(torch.arange(past, past + T, device=idx.device))
         else:
             rotary = self.rotary[:, past : past + T]
+        if self.config.ngram > 1:
+            x = x + self.ngrams(idx, cache)
         if torch.is_autocast_enabled(x.device.type):  # the residual stream too, or every sum would be float32
             x = x.to(torch.get_autocast_dtype(x.device.type))
         x = F.dropout(self.ln_e(x), self.config.dropout, self.training)

@@ -58,6 +58,8 @@ class LanguageModel(L.LightningModule):
         qk_norm: whether each head normalises its queries and keys.
         logit_cap: squash logits softly into (-cap, cap); 0 leaves them as they are.
         init: gpt2; or zero, where branches and head start at 0.
+        ngram: up to so many tokens in a row have an embedding of their own, added to the token's; 1 has none.
+        ngram_rows: of the table that holds them, which the n-grams share by their hash.
         optimizer: adamw; or muon for the blocks' matrices with adamw for the rest.
         learning_rate: AdamW's, at its peak.
         muon_lr: Muon's, at its peak.
@@ -90,6 +92,8 @@ class LanguageModel(L.LightningModule):
         qk_norm: bool = GPTConfig.qk_norm,
         logit_cap: float = GPTConfig.logit_cap,
         init: Literal["gpt2", "zero"] = GPTConfig.init,
+        ngram: int = GPTConfig.ngram,
+        ngram_rows: int = GPTConfig.ngram_rows,
         optimizer: Literal["adamw", "muon"] = "adamw",
         learning_rate: float = 1e-3,
         muon_lr: float = 0.02,

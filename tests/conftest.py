@@ -21,6 +21,7 @@ def loud(net):
 
 
 MODERN = dict(position="rotary", norm="rms", qk_norm=True, activation="relu2", logit_cap=5.0, init="zero", bias=False)
+MODERN |= dict(ngram=3, ngram_rows=50)
 
 
 @pytest.fixture

@@ -187,12 +187,27 @@ def test_logits_are_capped_softly(modern, idx):
 
 def test_zero_init_starts_as_a_uniform_guess_with_weights_of_the_right_size(idx):
     torch.manual_seed(0)
-    net = GPT(GPTConfig(V, T, n_layer=2, n_head=4, n_embd=256, dropout=0.0, init="zero"))
+    net = GPT(GPTConfig(V, T, n_layer=2, n_head=4, n_embd=256, dropout=0.0, init="zero", ngram=2, ngram_rows=50))
     assert next_token_loss(net, idx, idx).item() == pytest.approx(math.log(V), abs=1e-6)
     for name, p in net.named_parameters():
-        zero = name.endswith(("c_proj.weight", "lm_head.weight", "bias"))
+        zero = name.endswith(("c_proj.weight", "lm_head.weight", "wng.weight", "bias"))
         size = 0 if zero else 1 if p.dim() == 1 or name.startswith("w") else 0.5 / math.sqrt(256)
         assert p.square().mean().sqrt().item() == pytest.approx(size, rel=0.05), name
+
+
+def test_ngrams_are_a_table_of_pairs_and_triples(modern, idx):
+    def row(*tokens):  # newest first
+        key = tokens[0]
+        for token in tokens[1:]:
+            key = (key * 1_000_003 + token + 1) % (2**31 - 1)
+        return modern.wng.weight[key % 50]
+
+    for b, line in enumerate(idx.tolist()):
+        padded = [-1, -1, *line]
+        for t in range(len(line)):
+            a, b2, c = padded[t : t + 3]
+            by_hand = row(c, b2) + row(c, b2, a)
+            torch.testing.assert_close(modern.ngrams(idx)[b, t], by_hand, rtol=0, atol=1e-12)
 
 
 def test_rotary_with_an_odd_head_is_refused():
