@@ -113,7 +113,7 @@ class Muon(torch.optim.Optimizer):
             [self._state(p, "exp_avg_sq") for p in params],
             [],
             [self.state[p]["step"] for p in params],
-            fused=params[0].is_cuda,
+            fused=params[0].device.type in ("cuda", "cpu"),
             capturable=params[0].is_cuda,
             amsgrad=False,
             beta1=beta1,
