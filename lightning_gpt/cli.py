@@ -1,5 +1,6 @@
 """lightning-gpt fit | validate | test | generate: LightningCLI, and what a checkpoint brings along."""
 
+import ctypes
 import logging
 import os
 import shutil
@@ -251,6 +252,14 @@ def be_quiet() -> None:
         warnings.filterwarnings("ignore", message)
 
 
+def keep_freed_memory() -> None:
+    """Let glibc reuse large blocks, where it would give them back and fetch fresh pages: a CPU step is a fifth shorter."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap's free top stays
+        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: up to here blocks come from the heap
+
+
 def main(args: list[str] | None = None) -> None:
     """Run a command line, sys.argv's if none is given."""
     run(CLI, list(sys.argv[1:] if args is None else args))
@@ -259,6 +268,7 @@ def main(args: list[str] | None = None) -> None:
 def run(cli: type[CLI], args: list[str]) -> None:
     """Parse and do what `args` say; bad input ends with one sentence on stderr and exit code 2."""
     be_quiet()
+    keep_freed_memory()
     if torch.cuda.is_available():
         torch.set_float32_matmul_precision("high")  # TF32 in float32 products: far faster, and enough for training
     try:
