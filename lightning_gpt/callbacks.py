@@ -1,14 +1,13 @@
-"""Watchers and savers. A callback looks, logs and writes files; none changes what is trained."""
+"""Watchers: a callback looks, logs and prints; none changes what is trained. Savers are in saving.py."""
 
 import sys
 import time
 from itertools import groupby
-from pathlib import Path
 from typing import cast
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Checkpoint, TQDMProgressBar
+from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
 from .generation import check, generate
@@ -102,8 +101,8 @@ class Throughput(L.Callback):
         if self.since is not None:
             self.tokens += batch[1].numel() * trainer.world_size
             if cast(LanguageModel, lm).logs_after(batch_idx):
-                lm.log("perf/tokens_per_second", self.tokens / self.stop())
-                self.tokens, self.since = 0, time.perf_counter()
+                speed, self.tokens, self.since = self.tokens / self.stop(), 0, time.perf_counter()
+                lm.log("perf/tokens_per_second", speed)  # may wait for the GPU: that time counts too
 
     def on_validation_start(self, trainer: L.Trainer, lm: L.LightningModule) -> None:
         if self.since is not None:
@@ -114,36 +113,6 @@ class Throughput(L.Callback):
     def wait(lm: L.LightningModule) -> None:
         if lm.device.type != "cpu":
             torch.accelerator.synchronize()  # steps that were only launched so far
-
-
-class SaveLast(Checkpoint):
-    """Writes last.ckpt: after each validation, every N steps, and when training ends.
-
-    Args:
-        dirpath: folder to write into.
-        every_n_steps: optimizer steps between two saves; 0 saves after validations and at the end only.
-    """
-
-    def __init__(self, dirpath: str, every_n_steps: int = 500):
-        self.path, self.every_n_steps, self.saved_step = Path(dirpath) / "last.ckpt", every_n_steps, -1
-
-    def save(self, trainer: L.Trainer) -> None:
-        if not (trainer.sanity_checking or trainer.fast_dev_run):
-            trainer.save_checkpoint(self.path)
-            self.saved_step = trainer.global_step
-
-    def on_train_batch_end(self, trainer: L.Trainer, *_) -> None:
-        step, n = trainer.global_step, self.every_n_steps
-        if n and step % n == 0 and step != self.saved_step:
-            self.save(trainer)
-
-    def on_validation_end(self, trainer: L.Trainer, *_) -> None:
-        if trainer.state.fn == "fit":
-            self.save(trainer)
-
-    def on_train_end(self, trainer: L.Trainer, *_) -> None:
-        if trainer.global_step != self.saved_step:
-            self.save(trainer)
 
 
 class ValidateAtTheEnd(L.Callback):

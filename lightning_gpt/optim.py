@@ -70,7 +70,8 @@ class Muon(torch.optim.Optimizer):
     """
 
     def __init__(self, groups: list[dict], momentum: float = 0.95):
-        super().__init__(groups, {"momentum": momentum, "eps": 1e-8})
+        # fused makes load_state_dict put AdamW's step counters where the weights are: the kernel reads them there
+        super().__init__(groups, {"momentum": momentum, "eps": 1e-8, "fused": True})
 
     @torch.no_grad()
     def step(self, closure: Callable | None = None):
