@@ -51,8 +51,8 @@ def sample(
     if top_k is not None:
         values, ids = logits.topk(min(top_k, logits.size(-1)))
         logits = torch.full_like(logits, -torch.inf).scatter(-1, ids, values)
-    logits = logits - logits.max(-1, keepdim=True).values  # however small the temperature, nothing overflows
-    return torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator)
+    logits = logits - logits.max(-1, keepdim=True).values  # so nothing overflows, however small the temperature
+    return torch.multinomial((logits / max(temperature, 1e-30)).softmax(-1), 1, generator=generator)
 
 
 def check(temperature: float, top_k: int | None) -> None:
