@@ -42,9 +42,12 @@ class GPTConfig:
     init: Literal["gpt2", "zero"] = "gpt2"  # zero: branches and head start at 0, so the first loss is ln V
     ngram: int = 1  # up to so many tokens in a row have an embedding of their own, see `GPT.ngrams`; 1 has none
     ngram_rows: int = 65536  # of the table that holds them
+    ngram_dropout: float = 0.2  # probability that a token does without; the blocks must not lean on the table
 
     def __post_init__(self):
-        for name, least in dict(vocab_size=1, block_size=1, n_layer=0, n_head=1, n_embd=1, ngram=1, ngram_rows=1).items():
+        for name, least in dict(
+            vocab_size=1, block_size=1, n_layer=0, n_head=1, n_embd=1, ngram=1, ngram_rows=1
+        ).items():
             if (size := getattr(self, name)) < least:
                 raise ValueError(f"{name}={size} must be at least {least}")
         if self.n_embd % self.n_head:
@@ -58,8 +61,9 @@ class GPTConfig:
             )
         if self.logit_cap < 0:
             raise ValueError(f"logit_cap={self.logit_cap} must be 0 (no cap) or more")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout={self.dropout} is a probability: 0 or more, and less than 1")
+        for name in "dropout", "ngram_dropout":
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} is a probability: 0 or more, and less than 1")
 
 
 def make_norm(config: GPTConfig) -> nn.Module:
@@ -206,9 +210,11 @@ class GPT(nn.Module):
         Byte Latent Transformer (Pagnoni et al. 2024), section 3.2.1: there are more n-grams than rows, so a hash
         deals the rows out and some n-grams share one. What a first layer would have to learn, the table knows.
         """
-        n, known = self.config.ngram, cache is not None and cache.length > 0
-        ids = torch.cat((cache.tail, idx), 1) if known else F.pad(idx, (n - 1, 0), value=-1)  # -1: nothing there
+        n = self.config.ngram
+        ids = F.pad(idx, (n - 1, 0), value=-1)  # -1: nothing there
         if cache is not None:
+            if cache.length:
+                ids = torch.cat((cache.tail, idx), 1)
             cache.tail = ids[:, ids.size(1) - n + 1 :]
         key, keys = idx, []
         for k in range(1, n):
@@ -250,7 +256,8 @@ class GPT(nn.Module):
         else:
             rotary = self.rotary[:, past : past + T]
         if self.config.ngram > 1:
-            x = x + self.ngrams(idx, cache)
+            some = F.dropout(torch.ones_like(x[..., :1]), self.config.ngram_dropout, self.training)  # (B, T, 1)
+            x = x + some * self.ngrams(idx, cache)
         if torch.is_autocast_enabled(x.device.type):  # the residual stream too, or every sum would be float32
             x = x.to(torch.get_autocast_dtype(x.device.type))
         x = F.dropout(self.ln_e(x), self.config.dropout, self.training)
