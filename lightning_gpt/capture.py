@@ -31,7 +31,7 @@ class CapturedStep:
             return
         if self.calls == self.WARM_UP + 1:
             self.inputs = inputs
-            with torch.cuda.graph(self.graph, stream=self.stream):
+            with torch.cuda.graph(self.graph, stream=self.stream, capture_error_mode="thread_local"):  # saves go on
                 step()
         else:
             torch._foreach_copy_(list(self.inputs), list(inputs))

@@ -1,6 +1,12 @@
-"""Reading checkpoints: plain data only, so a file from a stranger can't run code. Torch only."""
+"""Checkpoint files: written whole or not at all, and read as plain data, so a stranger's can't run code. Torch only."""
 
+import errno
+import hashlib
+import io
+import os
 import zipfile
+from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 
@@ -10,6 +16,9 @@ from .model import GPT, GPTConfig
 from .tokenizer import CharTokenizer
 
 ROOT = Path("checkpoints")  # where runs land
+FORMAT = 2  # of the files; 1 had no seal
+SEAL, SEAL_SIZE = b"sha256 ", len("sha256 ") + 64
+DRAFT = ".draft."  # how the names of unfinished files begin
 
 
 def find(name: str | Path) -> Path:
@@ -23,28 +32,93 @@ def find(name: str | Path) -> Path:
             what = "is a folder, not a file" if Path(name).is_dir() else "does not exist"
             raise FileNotFoundError(f"the checkpoint {name} {what}")
         return Path(name)
-    files = sorted(ROOT.glob(f"**/{name}.ckpt"), key=lambda path: path.stat().st_mtime)
+    files = newest_first(ROOT.glob(f"**/{name}.ckpt"))
     if not files:
         raise FileNotFoundError(
             f"there is no {name}.ckpt below {ROOT}/: train one with `lightning-gpt fit`, or give --ckpt_path FILE"
         )
-    return files[-1]
+    return files[0]
+
+
+def newest_first(files: Iterable[Path]) -> list[Path]:
+    return sorted((file for file in files if file.is_file()), key=lambda file: file.stat().st_mtime, reverse=True)
+
+
+def write(saved: dict, path: str | Path) -> None:
+    """Save so that under `path` there is a whole file at any moment: the one before, or this one.
+
+    The file's last bytes, a zip archive's comment, are the SHA-256 of all bytes before, so `read` sees any change.
+
+    Raises:
+        OSError: it can't be written, or does not read back as it was written; what was there before still is.
+    """
+    buffer, path = io.BytesIO(), Path(path)
+    torch.save(saved | {"format": FORMAT}, buffer)
+    with buffer.getbuffer() as archive:
+        archive[-2:] = SEAL_SIZE.to_bytes(2, "little")  # an archive ends with the length of its comment
+        seal = SEAL + hashlib.sha256(archive).hexdigest().encode()
+    buffer.seek(0, io.SEEK_END)
+    buffer.write(seal)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    draft = path.with_name(f"{DRAFT}{path.name}.{os.getpid()}")  # beside it: only inside a file system a move is atomic
+    try:
+        with open(draft, "wb") as file:
+            file.write(buffer.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+        if seal_is_broken(draft.read_bytes()) is not False:
+            raise OSError(errno.EIO, "what was written does not read back", str(path))
+        os.replace(draft, path)
+    finally:
+        draft.unlink(missing_ok=True)
+    with suppress(OSError):  # not every file system can
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+
+
+def seal_is_broken(data: bytes) -> bool | None:
+    """Whether the checksum at the end of a checkpoint belongs to other bytes; None if there is no checksum."""
+    body, seal = memoryview(data)[:-SEAL_SIZE], data[-SEAL_SIZE:]
+    return seal != SEAL + hashlib.sha256(body).hexdigest().encode() if seal.startswith(SEAL) else None
 
 
 def read(path: str | Path) -> dict:
-    """A checkpoint of ours as Lightning saved it, on the CPU, each byte checked against the file's checksums.
+    """A checkpoint of ours as Lightning saved it, on the CPU, each byte checked against the file's checksum.
 
     Raises:
-        ValueError: the file is damaged, carries code, or is not a checkpoint of this package.
+        ValueError: the file is damaged, carries code, or is not a checkpoint of this package; where another one is
+            good, the message names it.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
-            if broken := archive.testzip():
-                raise ValueError(f"the checkpoint {path} is damaged: {broken} has a wrong checksum")
-    except zipfile.BadZipFile:
-        raise ValueError(f"{path} is not a checkpoint, or only a part of one: it is no complete archive") from None
+        return read_strictly(Path(path))
+    except ValueError as error:
+        for other in newest_first({*Path(path).absolute().parent.glob("*.ckpt"), *ROOT.absolute().glob("**/*.ckpt")}):
+            if other != Path(path).absolute() and is_good(other):
+                raise ValueError(f"{error}. The newest good one is {os.path.relpath(other)}") from None
+        raise
+
+
+def is_good(path: Path) -> bool:
+    with suppress(ValueError, OSError):
+        return bool(read_strictly(path))
+    return False
+
+
+def read_strictly(path: Path) -> dict:
+    data = path.read_bytes()
+    if not data:
+        raise ValueError(f"the checkpoint {path} is empty")
+    broken = seal_is_broken(data)
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            broken = broken or broken is None and archive.testzip() is not None
+    except Exception:  # whatever half an archive makes the reader say
+        raise ValueError(f"{path} is not a checkpoint, or only a part of one: it is no complete archive") from None
+    if broken:
+        raise ValueError(f"the checkpoint {path} is damaged: its bytes are not those of its checksum")
+    try:
+        saved = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
     except Exception as error:  # whatever a damaged or hostile file makes the reader say
         reason = str(error).split("\n")[0][:200]
         raise ValueError(
@@ -53,20 +127,28 @@ def read(path: str | Path) -> dict:
     parts = ("state_dict", "hyper_parameters", "datamodule_hyper_parameters")
     if not isinstance(saved, dict) or any(not isinstance(saved.get(part), dict) for part in parts):
         raise ValueError(f"{path} is a PyTorch file, but no checkpoint of lightning-gpt: it lacks {', '.join(parts)}")
+    made_by = saved.get("format", 1)
+    if made_by != 1 and made_by != FORMAT:
+        raise ValueError(
+            f"the checkpoint {path} has format {made_by}, and this lightning-gpt reads up to {FORMAT}: take a newer one"
+        )
+    if made_by == FORMAT and not data[-SEAL_SIZE:].startswith(SEAL):
+        raise ValueError(f"the checkpoint {path} is damaged: its checksum is missing")
     return saved
 
 
 def load(path: str | Path, device: str | torch.device = "cpu") -> tuple[GPT, CharTokenizer]:
     """The net and the tokenizer of a checkpoint, ready to sample from, in float32 on `device`."""
     saved = read(path)
-    sizes = saved["hyper_parameters"]
+    sizes, weights = saved["hyper_parameters"], saved["state_dict"]
+    names = {field.name for field in fields(GPTConfig)}
     try:
         with torch.device(device):
-            net = GPT(GPTConfig(**{field.name: sizes[field.name] for field in fields(GPTConfig)}))
+            net = GPT(GPTConfig(**{name: size for name, size in sizes.items() if name in names}))
         prefix = "average." if sizes.get("ema_decay") else "net."  # the average is what was validated
-        net.load_state_dict({k.removeprefix(prefix): w for k, w in saved["state_dict"].items() if k.startswith(prefix)})
+        net.load_state_dict({k.removeprefix(prefix): w for k, w in weights.items() if k.startswith(prefix)})
         tokenizer = CharTokenizer(saved["datamodule_hyper_parameters"]["vocabulary"])
-    except (KeyError, RuntimeError) as error:
+    except (KeyError, RuntimeError, TypeError, ValueError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"the checkpoint {path} does not fit this version of lightning-gpt: {reason}") from None
     if not all(p.isfinite().all() for p in net.parameters()):

@@ -1,10 +1,13 @@
 """lightning-gpt fit | validate | test | generate: LightningCLI, and what a checkpoint brings along."""
 
 import ctypes
+import errno
 import logging
+import math
 import os
 import shutil
 import sys
+import threading
 import warnings
 from pathlib import Path
 from typing import NoReturn
@@ -13,15 +16,22 @@ import lightning as L
 import torch
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from . import callbacks, checkpoint
 from .data import TinyShakespeare, mix
 from .generation import stream
-from .settings import named_configs, plain, refuse_contradictions, refuse_nonsense, settings_of_run
-from .training import LanguageModel
+from .saving import SafeIO, Save, StopOnSignal, Stopped
+from .settings import (
+    goes_on_in_its_folder,
+    named_configs,
+    plain,
+    refuse_contradictions,
+    refuse_nonsense,
+    settings_of_run,
+)
+from .training import Diverged, LanguageModel
 
 TRAINER_DEFAULTS = {
     "default_root_dir": str(checkpoint.ROOT),
@@ -84,7 +94,10 @@ def generate(
 
 
 class SaveConfig(SaveConfigCallback):
-    """Puts the run's settings into config.yaml of its folder and, as text, into every checkpoint."""
+    """Puts the run's settings into config.yaml of its folder and, as text, into every checkpoint.
+
+    A run that goes on in its folder leaves that file alone and writes config_from_step_N.yaml.
+    """
 
     def __init__(self, parser, config, folder: Path):
         super().__init__(parser, config)
@@ -93,10 +106,15 @@ class SaveConfig(SaveConfigCallback):
     def text(self) -> str:
         return self.parser.dump(self.config, skip_none=False, format="yaml")
 
-    def setup(self, trainer: L.Trainer, lm: L.LightningModule, stage: str) -> None:
-        if trainer.is_global_zero and stage == "fit":
+    def setup(self, trainer: L.Trainer, lm: L.LightningModule, stage: str) -> None: ...
+
+    def on_train_start(self, trainer: L.Trainer, lm: L.LightningModule) -> None:
+        if trainer.is_global_zero:
             self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / "config.yaml").write_text(self.text())
+            file = self.folder / "config.yaml"
+            if file.exists():
+                file = self.folder / f"config_from_step_{trainer.global_step}.yaml"
+            file.write_text(self.text())
 
     def on_save_checkpoint(self, trainer: L.Trainer, lm: L.LightningModule, saved: dict) -> None:
         saved["config"] = self.text()
@@ -112,6 +130,10 @@ class Parser(LightningArgumentParser):
 
 class CLI(LightningCLI):
     """LightningCLI with a name for the run, a checkpoint's own settings, and `generate`."""
+
+    run_folder: Path | None = None  # of the run that goes on in it
+    start_step = 0
+    saver: Save | None = None
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -156,6 +178,10 @@ class CLI(LightningCLI):
         self.config = parser.parse_args([*args[:at], f"--config={as_config}", *args[at:], f"--ckpt_path={path}"])
         # ... and where that must not be, the difference shows
         refuse_contradictions(command, self.config[command], settings, path)
+        if command == "fit":
+            self.start_step = saved["global_step"]
+            if goes_on_in_its_folder(self.config.fit, settings, path):
+                self.run_folder = path.absolute().parents[1]
         if command == "fit" and saved["global_step"] >= (steps := self.config.fit.trainer.max_steps):
             raise ValueError(
                 f"the checkpoint {path} is at step {saved['global_step']}, so trainer.max_steps={steps} leaves nothing "
@@ -176,7 +202,11 @@ class CLI(LightningCLI):
     def instantiate_trainer(self, **kwargs) -> L.Trainer:
         fit, config = self.config.subcommand == "fit", self.config[self.config.subcommand]
         given = config.trainer
-        board = TensorBoardLogger(given.default_root_dir, name=config.name, default_hp_metric=False)
+        if self.run_folder:  # what was logged after the checkpoint will be logged again
+            root, version = self.run_folder.parents[1], int(self.run_folder.name.removeprefix("version_"))
+            board = TensorBoardLogger(root, config.name, version, default_hp_metric=False, purge_step=self.start_step)
+        else:
+            board = TensorBoardLogger(given.default_root_dir, config.name, default_hp_metric=False)
         self.save_config_kwargs = {"folder": Path(board.log_dir)}
         if given.logger is None or given.logger is True:
             kwargs["logger"] = board if fit else False
@@ -185,11 +215,11 @@ class CLI(LightningCLI):
             self.throughput = callbacks.Throughput()
             watchers += [self.throughput, callbacks.ValidateAtTheEnd()]
             if given.enable_checkpointing in (None, True):
-                folder = str(Path(board.log_dir) / "checkpoints")
-                watchers += [
-                    ModelCheckpoint(folder, filename="best", monitor="val/loss", enable_version_counter=False),
-                    callbacks.SaveLast(folder, config.save_every_n_steps),
-                ]
+                self.io, self.saver = SafeIO(), Save(Path(board.log_dir) / "checkpoints", config.save_every_n_steps)
+                kwargs["plugins"] = [self.io, *(self.config_init.fit.trainer.plugins or [])]
+                watchers += [self.saver, StopOnSignal(self.saver)]
+        else:
+            kwargs["plugins"] = [SafeIO(), *(self.config_init[self.config.subcommand].trainer.plugins or [])]
         kwargs["callbacks"] = watchers + list(self.config_init[self.config.subcommand].trainer.callbacks or [])
         try:
             return super().instantiate_trainer(**kwargs)
@@ -212,19 +242,20 @@ class CLI(LightningCLI):
             )
 
     def after_fit(self) -> None:
-        best = self.trainer.checkpoint_callback
-        if not self.trainer.is_global_zero or not isinstance(best, ModelCheckpoint) or self.trainer.fast_dev_run:
+        if not self.trainer.is_global_zero or self.saver is None or self.trainer.fast_dev_run:
             return
-        if not best.best_model_path:
-            print(f"\nnothing was validated; the newest state is {os.path.relpath(str(best.dirpath))}/last.ckpt")
+        if self.io.failed:
+            files = " and ".join(map(os.path.relpath, self.io.failed))
+            print(f"lightning-gpt: error: the training is done, but its last state is not in {files}", file=sys.stderr)
+            sys.exit(1)
+        if not math.isfinite(self.saver.best_loss):
+            print(f"\nnothing was validated; the newest state is {os.path.relpath(self.saver.last)}")
             return
-        path = os.path.relpath(best.best_model_path)
-        me = "lightning-gpt" if shutil.which("lightning-gpt") else os.path.relpath(sys.argv[0])
-        if sys.argv[0].endswith("__main__.py"):
-            me = "python -m lightning_gpt"
+        path = os.path.relpath(self.saver.best)
+        me = program()
         loss = self.trainer.callback_metrics["val/loss"]
         print(
-            f"\nval/loss {loss:.4f} nats per character at the end, {best.best_model_score:.4f} at best, after "
+            f"\nval/loss {loss:.4f} nats per character at the end, {self.saver.best_loss:.4f} at best, after "
             f"{self.throughput.seconds:.1f} s of training\n{path}\n"
         )
         generate(path, max_new_tokens=300)
@@ -238,22 +269,29 @@ class CLI(LightningCLI):
             super()._run_subcommand(subcommand)
 
 
+def program() -> str:
+    """How this program is called here, for commands to copy."""
+    if sys.argv[0].endswith("__main__.py"):
+        return "python -m lightning_gpt"
+    return "lightning-gpt" if shutil.which("lightning-gpt") else os.path.relpath(sys.argv[0])
+
+
 def be_quiet() -> None:
-    """Silence what Lightning tells everybody; what goes wrong is still said."""
+    """Silence what Lightning tells everybody; what goes wrong is still said, once."""
+    threading.excepthook = lambda told: None  # TensorBoard's writer and SafeIO raise it in the main thread again
     for name in "lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero":
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)
     for message in (
         ".*LeafSpec.*",
         ".*callbacks used to create the checkpoint need to be provided.*",  # validate saves nothing
-        ".*dirpath has changed.*",  # a resumed run has a folder of its own
-        ".*Checkpoint directory .* exists.*",
+        ".*overridden `on_before_batch_transfer` in `LightningModule`.*",  # on purpose
     ):
         warnings.filterwarnings("ignore", message)
 
 
 def keep_freed_memory() -> None:
-    """Let glibc reuse large blocks, where it would give them back and fetch fresh pages: a CPU step is a fifth shorter."""
+    """Let glibc keep large blocks that torch frees, and not fetch fresh pages: a CPU step is a fifth shorter."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap's free top stays
@@ -298,6 +336,20 @@ def run(cli: type[CLI], args: list[str]) -> None:
     except KeyboardInterrupt:
         print()
         sys.exit(130)
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        reason = str(error).split("\n")[0][:200]
+        print(f"lightning-gpt: error: out of memory: take a smaller batch or model. {reason}", file=sys.stderr)
+        sys.exit(1)
+    except Stopped as stop:
+        print(f"lightning-gpt: {stop}. Go on with\n  {program()} fit --ckpt_path {stop.path}", file=sys.stderr)
+        sys.exit(128 + stop.signum)
+    except Diverged as error:
+        print("lightning-gpt: error: " + ". ".join([str(error), *getattr(error, "__notes__", [])]), file=sys.stderr)
+        sys.exit(1)
     except (ValueError, OSError, MisconfigurationException) as error:
-        print(f"lightning-gpt: error: {error}", file=sys.stderr)
-        sys.exit(2)
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        hint = ". What was saved before is untouched; make room, then go on with --ckpt_path last" if full else ""
+        print(f"lightning-gpt: error: {error}{hint}", file=sys.stderr)
+        sys.exit(1 if full else 2)

@@ -154,7 +154,7 @@ class TinyShakespeare(L.LightningDataModule):
             raise ValueError(
                 f"data.batch_size={hp.batch_size} can't be shared equally by {t.world_size} devices: take {nearest}"
             )
-        start = t.global_step * t.accumulate_grad_batches  # the Trainer has already restored the step
+        start = t.fit_loop.total_batch_idx + 1  # batches seen; the Trainer has already restored that
         return RandomWindows(
             self.train_tokens, hp.block_size, hp.batch_size, hp.seed, start, t.global_rank, t.world_size
         )

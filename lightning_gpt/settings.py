@@ -1,15 +1,17 @@
 """What configs, flags and a checkpoint say of a run, before anything is built. Plain Python."""
 
 import dataclasses
+import re
 from pathlib import Path
 
 import yaml
 
+from .checkpoint import ROOT
 from .model import GPTConfig
 
 CONFIGS = Path(__file__).parent / "configs"
 # what may differ from the checkpoint: in fit all but what the weights were shaped by, else only what changes no figure
-FIXED_IN_FIT = {field.name for field in dataclasses.fields(GPTConfig)} - {"dropout"} | {"vocabulary"}
+FIXED_IN_FIT = {field.name for field in dataclasses.fields(GPTConfig)} - {"dropout", "ngram_dropout"} | {"vocabulary"}
 FREE_IN_VALIDATE = {"corpus", "batch_size", "compile", "renamed_copies", "seed"}
 
 
@@ -21,6 +23,10 @@ def refuse_nonsense(config) -> None:
         raise ValueError(
             f"trainer.max_steps={config.trainer.max_steps}: give a number of steps, which the rate falls along"
         )
+    for name, unit in {"val_check_interval": "batches", "accumulate_grad_batches": "batches for one step"}.items():
+        value = config.trainer[name]
+        if not (isinstance(value, int) and value >= 1):
+            raise ValueError(f"trainer.{name}={value}: give a number of {unit}, 1 or more")
     if config.save_every_n_steps < 0:
         raise ValueError(f"save_every_n_steps={config.save_every_n_steps} must be 0 (never) or more")
     if config.name in ("", ".", "..") or Path(config.name).name != config.name:
@@ -58,11 +64,25 @@ def refuse_contradictions(command: str, config, settings: dict, path: Path) -> N
     for group in "model", "data":
         for key, value in config[group].items():
             fixed = key in FIXED_IN_FIT if command == "fit" else key not in FREE_IN_VALIDATE
-            saved = settings[group].get(key)
+            saved = settings[group].get(key, value)  # a setting younger than the checkpoint has no say
             if fixed and plain(value) != plain(saved):
                 raise ValueError(
                     f"{group}.{key}={value} contradicts the checkpoint {path}, which has {saved}: leave it out"
                 )
+
+
+def goes_on_in_its_folder(config, settings: dict, path: Path) -> bool:
+    """Whether a resumed fit is still that run: from its own last.ckpt, under its name, on its data, in its place."""
+    folder = path.absolute().parents[1]
+    root = Path(config.trainer.default_root_dir).absolute()
+    return (
+        path.name == "last.ckpt"
+        and path.absolute().parent.name == "checkpoints"
+        and re.fullmatch(r"version_\d+", folder.name) is not None
+        and config.name == folder.parent.name
+        and all(plain(value) == plain(settings["data"].get(key)) for key, value in config.data.items())
+        and root in (folder.parents[1], ROOT.absolute())
+    )
 
 
 def named_configs(args: list[str]) -> list[str]:

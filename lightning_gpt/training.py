@@ -40,6 +40,10 @@ class Perplexity(MeanMetric):
         return super().compute().exp()
 
 
+class Diverged(Exception):
+    """The loss is no number any more, and no step after this one would make it one."""
+
+
 class LanguageModel(L.LightningModule):
     """A GPT and how it is trained; every argument is a plain value, so a checkpoint describes itself.
 
@@ -60,6 +64,7 @@ class LanguageModel(L.LightningModule):
         init: gpt2; or zero, where branches and head start at 0.
         ngram: up to so many tokens in a row have an embedding of their own, added to the token's; 1 has none.
         ngram_rows: of the table that holds them, which the n-grams share by their hash.
+        ngram_dropout: probability that a token does without them in training.
         optimizer: adamw; or muon for the blocks' matrices with adamw for the rest.
         learning_rate: AdamW's, at its peak.
         muon_lr: Muon's, at its peak.
@@ -94,6 +99,7 @@ class LanguageModel(L.LightningModule):
         init: Literal["gpt2", "zero"] = GPTConfig.init,
         ngram: int = GPTConfig.ngram,
         ngram_rows: int = GPTConfig.ngram_rows,
+        ngram_dropout: float = GPTConfig.ngram_dropout,
         optimizer: Literal["adamw", "muon"] = "adamw",
         learning_rate: float = 1e-3,
         muon_lr: float = 0.02,
@@ -135,7 +141,11 @@ class LanguageModel(L.LightningModule):
     # --- a training step ---------------------------------------------------------------------------------------------
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        x, y = batch
+        loss = self.train_loss(*batch)
+        self.bad_losses += ~loss.detach().isfinite()  # stays on the device: looking at each would make the GPU wait
+        return loss
+
+    def train_loss(self, x: Tensor, y: Tensor) -> Tensor:
         if not self.compiles:
             return next_token_loss(self.net, x, y)
         try:
@@ -146,6 +156,19 @@ class LanguageModel(L.LightningModule):
             self.compiles = False
             torch.compiler.set_stance("force_eager")
             return next_token_loss(self.net, x, y)
+
+    def on_before_batch_transfer(self, batch: Tensor, dataloader_idx: int) -> Tensor:
+        """Between two steps: the last one is logged and validated, of the next one nothing is counted yet.
+
+        No hook of Lightning's has that moment, the only one from which a resumed run takes all up as it was. Callbacks
+        that have `on_step_done(trainer)` are told.
+        """
+        trainer = self.trainer
+        if trainer.training and (trainer.fit_loop.total_batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+            for callback in trainer.callbacks:
+                if trainer.global_step and hasattr(callback, "on_step_done"):
+                    callback.on_step_done(trainer)
+        return batch
 
     def on_train_batch_start(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         # dice and rates are functions of the step alone, so a resumed run needs neither from the checkpoint
@@ -194,7 +217,23 @@ class LanguageModel(L.LightningModule):
         every, steps_end = self.trainer.log_every_n_steps, (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0
         return every > 0 and steps_end and self.trainer.global_step % every == 0
 
+    def stop_if_diverged(self, look_at_weights: bool = True) -> None:
+        """Raises Diverged if a loss was no number so far, or a weight is none now."""
+        if bad := int(self.bad_losses):
+            step = max(1, self.trainer.global_step - (bad - 1) // self.trainer.accumulate_grad_batches)
+            what = "the loss became no number (nan or infinite)"
+        elif look_at_weights and not nn.utils.get_total_norm(self.net.parameters()).isfinite():
+            step, what = self.trainer.global_step, "the weights became no numbers (nan or infinite)"
+        else:
+            return
+        hp, factor = self.hparams, self.lr_factor(step - 1)
+        rates = {"learning_rate": hp.learning_rate} | ({"muon_lr": hp.muon_lr} if hp.optimizer == "muon" else {})
+        at = " and ".join(f"{name} {factor * rate:.2g} (peak {rate:g})" for name, rate in rates.items())
+        raise Diverged(f"{what} at step {step:,}, with {at}: take a lower rate")
+
     def on_train_batch_end(self, outputs, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        if self.device.type == "cpu" or self.logs_after(batch_idx):
+            self.stop_if_diverged(look_at_weights=False)
         if self.logs_after(batch_idx):
             self.log("train/loss", outputs["loss"].clone())  # a replayed step writes to the same place
             self.log("train/lr", float(self.trainer.optimizers[0].param_groups[0]["lr"]))
@@ -203,6 +242,8 @@ class LanguageModel(L.LightningModule):
     # --- validation: a weighted mean over all tokens, exact whatever the windows' lengths and the ranks' shares -------
 
     def on_validation_start(self) -> None:
+        if self.trainer.state.fn == "fit" and not self.trainer.sanity_checking:
+            self.stop_if_diverged()
         if self.compiles:
             torch.compiler.set_stance("force_eager")  # shapes vary here and in sampling: don't compile for each
 
@@ -234,6 +275,7 @@ class LanguageModel(L.LightningModule):
         return torch.optim.AdamW(self.parameter_groups(), fused=fused, capturable=fused)
 
     def on_train_start(self) -> None:
+        self.bad_losses = torch.zeros((), dtype=torch.int64, device=self.device)
         self.compiles = self.hparams.compile
         if self.compiles:
             for block in self.net.h:
@@ -248,6 +290,9 @@ class LanguageModel(L.LightningModule):
             group.update({key: fresh[key] for key in fresh if key != "params"}, lr=lr)
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:
-        # saved after a validation, Lightning's count for the loggers is one behind, and a resumed curve would be too
-        epoch_loop = checkpoint["loops"]["fit_loop"]["epoch_loop.state_dict"]
-        epoch_loop["_batches_that_stepped"] = self.trainer.global_step
+        # resumed where a validation was due, Lightning skips it in a turn without a batch, but counts a step for the
+        # loggers: the resumed curves would be one off
+        trainer = self.trainer
+        if trainer.enable_validation and (trainer.fit_loop.total_batch_idx + 1) % trainer.val_check_batch == 0:
+            counters = checkpoint["loops"]["fit_loop"]["epoch_loop.state_dict"]
+            counters["_batches_that_stepped"] = trainer.global_step - 1

@@ -367,7 +367,7 @@ def test_a_checkpoint_can_not_have_classes_imported(run, tmp_path, monkeypatch):
         "strategy": {"class_path": "evil.Evil"},
         "default_root_dir": str(tmp_path / "elsewhere"),
     }
-    torch.save(saved | {"config": yaml.safe_dump(config)}, "hostile.ckpt")
+    checkpoint.write(saved | {"config": yaml.safe_dump(config)}, "hostile.ckpt")
     main(["fit", "--ckpt_path=hostile.ckpt", "--trainer.max_steps=6"])
     main(["validate", "--ckpt_path=hostile.ckpt"])
     assert Path("checkpoints/tiny/version_0").exists()
@@ -377,7 +377,7 @@ def test_a_checkpoint_can_not_have_classes_imported(run, tmp_path, monkeypatch):
 def test_a_checkpoint_that_names_a_folder_elsewhere_is_refused(run, tmp_path, fails, monkeypatch):
     monkeypatch.chdir(tmp_path)
     saved = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
-    torch.save(saved | {"config": saved["config"].replace("name: tiny", "name: ../out")}, "hostile.ckpt")
+    checkpoint.write(saved | {"config": saved["config"].replace("name: tiny", "name: ../out")}, "hostile.ckpt")
     assert "name='../out'" in fails("fit", "--ckpt_path=hostile.ckpt", "--trainer.max_steps=6")
 
 

@@ -108,7 +108,9 @@ def test_validation_predicts_every_token_but_the_first_once(n, world_size):
 def on_rank(rank, world_size):
     """The data as one of several processes gets it."""
     data = TinyShakespeare(block_size=16, batch_size=6)
-    data.trainer = SimpleNamespace(global_step=0, accumulate_grad_batches=1, global_rank=rank, world_size=world_size)
+    data.trainer = SimpleNamespace(
+        fit_loop=SimpleNamespace(total_batch_idx=-1), global_rank=rank, world_size=world_size
+    )
     return data
 
 

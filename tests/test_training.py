@@ -15,10 +15,11 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.nn import functional as F
 
 from lightning_gpt import checkpoint
-from lightning_gpt.callbacks import SampleText, SaveLast
+from lightning_gpt.callbacks import SampleText
 from lightning_gpt.data import EveryWindow, TinyShakespeare
 from lightning_gpt.model import GPT, GPTConfig
 from lightning_gpt.optim import Muon, adamw_groups, lr_factor, muon_groups
+from lightning_gpt.saving import Save
 from lightning_gpt.training import LanguageModel, next_token_loss
 
 RECIPE = MODERN | dict(optimizer="muon", ema_decay=0.9, schedule="wsd")
@@ -292,7 +293,7 @@ def test_last_is_saved_after_validations_every_n_steps_and_at_the_end(tmp_path, 
 
     watch = Watch()
     watch.steps = []
-    fit(tmp_path, 7, callbacks=[SaveLast(str(tmp_path), every), watch], val_check_interval=3)
+    fit(tmp_path, 7, callbacks=[Save(tmp_path, every), watch], val_check_interval=3)
     assert sorted(set(watch.steps)) == saved
     assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 7
 

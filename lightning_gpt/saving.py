@@ -1,0 +1,202 @@
+"""What a run leaves behind, whatever happens: best.ckpt, last.ckpt, and a way to stop at a signal."""
+
+import math
+import os
+import signal
+import sys
+import threading
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, cast
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.plugins.io import CheckpointIO
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor
+
+from . import checkpoint
+from .training import Diverged, LanguageModel
+
+
+class SafeIO(CheckpointIO):
+    """Checkpoints are written beside training, as `checkpoint.write` does it, and read as `checkpoint.read` does.
+
+    Training waits for a copy in memory only. A disk that is full is said and does not stop it: the file from before
+    is still there, and the next save tries again.
+    """
+
+    def __init__(self) -> None:
+        self.failed: dict[Path, OSError] = {}  # files whose last save went wrong
+        self.pool: ThreadPoolExecutor | None = None
+        self.pending: deque[Future] = deque()
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path, storage_options: Any | None = None) -> None:
+        copy = apply_to_collection(checkpoint, Tensor, lambda t: t.detach().clone())
+        ready = torch.cuda.Event() if torch.cuda.is_initialized() else None
+        if ready is not None:
+            ready.record()
+        self.pool = self.pool or ThreadPoolExecutor(1, "save")
+        while len(self.pending) > 1:  # a disk slower than the saves: don't pile up copies
+            self.pending.popleft().result()
+        self.pending.append(self.pool.submit(self.write, copy, Path(path), ready))
+
+    def write(self, saved: dict[str, Any], path: Path, ready: torch.cuda.Event | None) -> None:
+        if ready is not None:  # on a stream of its own, or the copy to the host would stand in training's way
+            with torch.cuda.stream(torch.cuda.Stream()):
+                torch.cuda.current_stream().wait_event(ready)
+                saved = apply_to_collection(saved, Tensor, Tensor.cpu)
+        try:
+            checkpoint.write(saved, path)
+            self.failed.pop(path, None)
+        except OSError as error:
+            self.failed[path] = error
+            print(
+                f"warning: {os.path.relpath(path)} could not be saved at step {saved['global_step']}: "
+                f"{error.strerror or error}. What was saved before is untouched, and the next save tries again",
+                file=sys.stderr,
+            )
+
+    def load_checkpoint(self, path, map_location: Any | None = None, weights_only: bool | None = None) -> dict:
+        return checkpoint.read(path)
+
+    def remove_checkpoint(self, path) -> None:
+        Path(path).unlink(missing_ok=True)
+
+    def wait(self) -> None:
+        """Until all is written that was asked for."""
+        while self.pending:
+            self.pending.popleft().result()
+
+    def teardown(self) -> None:
+        self.wait()
+        if self.pool is not None:
+            self.pool.shutdown()
+            self.pool = None
+
+
+class Save(Checkpoint):
+    """Writes last.ckpt after each validation, every N steps and at the end; best.ckpt after the best validation so far.
+
+    best.ckpt always holds the very weights that its `val_loss` was measured on. Weights that are no numbers are never
+    saved.
+
+    Args:
+        folder: to write into; a best.ckpt there is replaced by a better one only.
+        every_n_steps: optimizer steps between two saves; 0 saves after validations and at the end only.
+    """
+
+    def __init__(self, folder: str | Path, every_n_steps: int = 500):
+        self.last, self.best = Path(folder) / "last.ckpt", Path(folder) / "best.ckpt"
+        self.every_n_steps, self.saved_step, self.val_step = every_n_steps, -1, -1
+        self.best_loss = self.val_loss = float("inf")
+
+    def on_train_start(self, trainer: L.Trainer, lm: L.LightningModule) -> None:
+        for draft in self.last.parent.glob(f"{checkpoint.DRAFT}*"):
+            if trainer.is_global_zero:
+                draft.unlink(missing_ok=True)  # of a process that was killed
+        self.look_at_the_disk(trainer)
+
+    def look_at_the_disk(self, trainer: L.Trainer) -> None:
+        """The loss to beat is that of the best.ckpt which is there, whatever run or branch of it wrote that."""
+        best_loss = float("inf")
+        if trainer.is_global_zero:
+            with suppress(OSError, ValueError):  # none there, or a damaged one
+                best_loss = checkpoint.read_strictly(self.best).get("val_loss", best_loss)
+        self.best_loss = trainer.strategy.broadcast(best_loss)
+
+    def on_save_checkpoint(self, trainer: L.Trainer, lm: L.LightningModule, saved: dict[str, Any]) -> None:
+        saved["val_loss"] = self.val_loss if self.val_step == trainer.global_step else math.nan
+
+    def save(self, trainer: L.Trainer, path: Path) -> None:
+        cast(LanguageModel, trainer.lightning_module).stop_if_diverged()
+        if not trainer.fast_dev_run:
+            for logger in trainer.loggers:
+                logger.save()  # to disk, or the curves would lack what came between their last save and this one
+            trainer.save_checkpoint(path)
+            self.saved_step = trainer.global_step
+
+    def on_validation_end(self, trainer: L.Trainer, *_) -> None:
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            self.val_loss, self.val_step = trainer.callback_metrics["val/loss"].item(), trainer.global_step
+            if not math.isfinite(self.val_loss):
+                step = f"{trainer.global_step:,}"
+                raise Diverged(f"val/loss became {self.val_loss} at step {step}: take a lower learning rate")
+
+    def on_step_done(self, trainer: L.Trainer) -> None:
+        n, step = self.every_n_steps, trainer.global_step
+        if step == self.saved_step:
+            return
+        if step == self.val_step:
+            if trainer.strategy.broadcast(self.best in getattr(trainer.strategy.checkpoint_io, "failed", ())):
+                self.look_at_the_disk(trainer)
+            if self.val_loss < self.best_loss:
+                self.best_loss = self.val_loss
+                self.save(trainer, self.best)
+        if step == self.val_step or n and step % n == 0:
+            self.save(trainer, self.last)
+
+    def on_train_end(self, trainer: L.Trainer, *_) -> None:
+        self.on_step_done(trainer)
+        if trainer.global_step != self.saved_step:
+            self.save(trainer, self.last)
+
+    def on_exception(self, trainer: L.Trainer, lm: L.LightningModule, exception: BaseException) -> None:
+        if isinstance(exception, Diverged) and self.saved_step >= 0:
+            path = os.path.relpath(self.last)
+            exception.add_note(f"The last good checkpoint is {path}, of step {self.saved_step:,}")
+
+
+class Stopped(Exception):
+    """A signal ended the training, after its step was finished and saved."""
+
+    def __init__(self, signum: int, step: int, path: Path):
+        self.signum, self.path = signum, path
+        super().__init__(f"stopped by {signal.Signals(signum).name} after step {step:,}, saved as {path}")
+
+
+class StopOnSignal(L.Callback):
+    """SIGTERM, Ctrl-C and SLURM's SIGUSR1 end a run after its step, a validation if one is due, and a save.
+
+    A second signal ends it at once; then the last save counts.
+    """
+
+    EVERY = 20  # steps between two rounds of asking each other, on several devices
+
+    def __init__(self, saver: Save):
+        self.saver, self.received, self.handlers = saver, 0, dict[int, Any]()
+
+    def on_train_start(self, trainer: L.Trainer, *_) -> None:
+        if threading.current_thread() is not threading.main_thread():
+            return  # Python takes signals in the main thread only
+        signals = [signal.SIGTERM, signal.SIGINT]
+        if "SLURM_JOB_ID" in os.environ:
+            signals.append(signal.SIGUSR1)
+        self.handlers = {signum: signal.signal(signum, self.receive) for signum in signals}
+
+    def receive(self, signum: int, frame) -> None:
+        self.received = signum
+        for number in self.handlers:
+            signal.signal(number, signal.SIG_DFL)
+        os.write(
+            2, f"\n{signal.Signals(signum).name}: finishing this step and saving; again to stop at once\n".encode()
+        )
+
+    def on_step_done(self, trainer: L.Trainer) -> None:
+        if trainer.world_size > 1:
+            if trainer.global_step % self.EVERY:
+                return
+            asked = torch.tensor(self.received, device=trainer.strategy.root_device)
+            self.received = int(trainer.strategy.reduce(asked, reduce_op="max"))
+        if self.received:
+            if self.saver.saved_step != trainer.global_step:
+                self.saver.save(trainer, self.saver.last)
+            raise Stopped(self.received, trainer.global_step, Path(os.path.relpath(self.saver.last)))
+
+    def teardown(self, trainer: L.Trainer, lm: L.LightningModule, stage: str) -> None:
+        for signum, handler in self.handlers.items():
+            signal.signal(signum, handler)
+        self.handlers = {}

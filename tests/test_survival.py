@@ -1,0 +1,498 @@
+"""Whatever happens to a run, it loses nothing that was saved, and what goes on is to the bit what would have been."""
+
+import io
+import json
+import os
+import pickle
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from conftest import TINY
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from lightning_gpt import checkpoint
+from lightning_gpt.cli import main
+from lightning_gpt.data import TinyShakespeare
+from lightning_gpt.generation import generate
+from lightning_gpt.saving import SafeIO
+
+# a process that has imported everything and forks for each command line: a run in half a second
+NURSERY = """
+import json, os, resource, sys, traceback
+import torch
+torch.set_num_threads(1)
+from lightning_gpt.cli import main
+for line in sys.stdin:
+    args, folder, log, limit = json.loads(line)
+    pid = os.fork()
+    if pid == 0:
+        file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(file, 1), os.dup2(file, 2), os.chdir(folder)
+        if limit:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        try:
+            main(args)
+            code = 0
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        except BaseException:
+            traceback.print_exc()
+            code = 70
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(code)
+    print(pid, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
+"""
+
+
+class Nursery:
+    def __init__(self):
+        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen([sys.executable, "-c", NURSERY], **pipes)
+
+    def start(self, folder, *args, limit=0):
+        self.log = Path(folder) / "log.txt"
+        line = json.dumps([[str(arg) for arg in args], str(folder), str(self.log), limit])
+        print(line, file=self.process.stdin, flush=True)
+        return int(self.process.stdout.readline())
+
+    def end(self):
+        return int(self.process.stdout.readline())
+
+    def run(self, folder, *args, **how):
+        self.start(folder, *args, **how)
+        return self.end()
+
+
+@pytest.fixture(scope="module")
+def nursery():
+    nursery = Nursery()
+    yield nursery
+    nursery.process.stdin.close()
+    nursery.process.wait()
+
+
+# everything that has a state: dropout, accumulation, Muon, an average, a schedule; validations that fall between saves
+HARD = {
+    "trainer": {"max_steps": 60, "val_check_interval": 14, "accumulate_grad_batches": 2, "log_every_n_steps": 1},
+    "model": {"optimizer": "muon", "ema_decay": 0.9, "schedule": "wsd", "norm": "rms", "position": "rotary"},
+    "sample": {"length": 0},
+    "save_every_n_steps": 3,
+}
+
+
+@pytest.fixture(scope="module")
+def hard(tmp_path_factory, nursery, text_file):
+    """The command line of a run with all that has a state, and the folder of that run unbroken."""
+    folder = tmp_path_factory.mktemp("hard")
+    (folder / "hard.yaml").write_text(yaml.safe_dump(HARD))
+    args = ["fit", *TINY, "--config", folder / "hard.yaml", "--data.corpus", text_file]
+    assert nursery.run(folder, *args) == 0, nursery.log.read_text()
+    return args, folder
+
+
+def differences(a, b, where=""):
+    """The places where two nests of dicts, lists, tensors and values differ in a bit."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        missing = [f"{where}/{key}" for key in a.keys() ^ b.keys()]
+        return missing + [d for key in a.keys() & b.keys() for d in differences(a[key], b[key], f"{where}/{key}")]
+    if isinstance(a, (list, tuple)) and len(a) == len(b):
+        return [d for i, (x, y) in enumerate(zip(a, b, strict=True)) for d in differences(x, y, f"{where}/{i}")]
+    if isinstance(a, torch.Tensor):
+        return [] if torch.equal(a, b) else [where]
+    return [] if a == b or (a != a and b != b) else [f"{where}: {a} and {b}"]
+
+
+def end_of(folder):
+    """All that a run is at its end: weights, optimizer, counters, best checkpoint, curves."""
+    (path,) = folder.glob("checkpoints/tiny/version_*/checkpoints/last.ckpt")
+    run, last, best = path.parents[1], *map(checkpoint.read_strictly, (path, path.with_name("best.ckpt")))
+    board = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
+    curves = {}
+    for tag in "train/loss", "train/lr", "train/grad_norm", "val/loss":
+        curves[tag] = {event.step: event.value for event in board.Scalars(tag)}  # the last word counts
+    parts = ("state_dict", "optimizer_states", "loops", "global_step", "val_loss")
+    weights = {name: [saved[part] for part in parts if part != "loops"] for name, saved in (("best", best),)}
+    return {part: last[part] for part in parts} | weights | {"curves": curves}
+
+
+def until_done(nursery, folder, args, end, moments):
+    """Start or resume until the run ends by itself; `end` it after each of `moments`. How often it was ended."""
+    ended = 0
+    while True:
+        lasts = list(folder.glob("checkpoints/**/last.ckpt"))
+        pid = nursery.start(folder, *(["fit", "--ckpt_path", "last"] if lasts else args))
+        moment = next(moments, None)
+        if moment is None:
+            code = nursery.end()
+            assert code == 0 or "leaves nothing to do" in nursery.log.read_text(), nursery.log.read_text()
+            return ended
+        time.sleep(moment)
+        with suppress(ProcessLookupError):  # it was done already
+            os.kill(pid, end)
+        code = nursery.end()
+        if code not in (0, 2):
+            ended += 1
+        if code == -signal.SIGKILL:
+            for file in folder.glob("checkpoints/**/*.ckpt"):
+                checkpoint.read_strictly(file)  # whole, whenever the kill came
+        elif code == 128 + end:
+            lines = nursery.log.read_text()
+            step = int(lines.rsplit("after step ", 1)[1].split(",")[0])
+            (file,) = folder.glob("checkpoints/**/last.ckpt")
+            assert checkpoint.read_strictly(file)["global_step"] == step, "a step was lost"
+        else:
+            assert code in (0, 2, -end), nursery.log.read_text()  # done already, or not yet training
+
+
+def lives(nursery, hard, tmp_path, end, times, seed):
+    args, unbroken = hard
+    truth, dice, ended, life = end_of(unbroken), random.Random(seed), 0, 0
+    while ended < times:
+        folder = tmp_path / str(life)
+        folder.mkdir()
+        ended += until_done(nursery, folder, args, end, iter([dice.uniform(0.1, 2.5) for _ in range(3)]))
+        assert differences(end_of(folder), truth) == []
+        shutil.rmtree(folder)
+        life += 1
+    return ended
+
+
+@pytest.mark.parametrize("times", [2, pytest.param(100, marks=pytest.mark.slow)])
+def test_kill_9_loses_nothing_that_was_saved(nursery, hard, tmp_path, times):
+    lives(nursery, hard, tmp_path, signal.SIGKILL, times, seed=1)
+
+
+@pytest.mark.parametrize("times", [2, pytest.param(50, marks=pytest.mark.slow)])
+def test_a_signal_loses_no_step(nursery, hard, tmp_path, times):
+    lives(nursery, hard, tmp_path, signal.SIGTERM, times, seed=2)
+
+
+def test_a_resumed_curve_has_every_step_once(nursery, hard, tmp_path):
+    args, unbroken = hard
+    for step in (7, 9, 14):  # where a validation was due, a save, both
+        folder = tmp_path / str(step)
+        folder.mkdir()
+        assert nursery.run(folder, *args, f"--trainer.max_steps={step}") == 0, nursery.log.read_text()
+        assert nursery.run(folder, "fit", "--ckpt_path", "last", "--trainer.max_steps=20") == 0, nursery.log.read_text()
+        assert list(end_of(folder)["curves"]["train/loss"]) == list(range(20))
+
+
+def test_going_on_twice_keeps_the_folder_and_every_file_in_it(nursery, hard, tmp_path):
+    args, unbroken = hard
+    before = {}
+    for i, steps in enumerate((20, 40, 60)):
+        how = (
+            ["fit", "--ckpt_path", "last", f"--trainer.max_steps={steps}"]
+            if i
+            else [*args, f"--trainer.max_steps={steps}"]
+        )
+        assert nursery.run(tmp_path, *how) == 0, nursery.log.read_text()
+        (folder,) = tmp_path.glob("checkpoints/tiny/version_*")
+        kept = {file: file.read_bytes() for file in folder.glob("*") if file.is_file()}
+        assert before.items() <= kept.items()
+        before = kept
+    names = {"config.yaml", "config_from_step_20.yaml", "config_from_step_40.yaml"}
+    assert {file.name for file in folder.glob("config*")} == names
+    assert list(end_of(tmp_path)["curves"]["train/loss"]) == list(range(60))
+
+
+def test_a_copy_of_last_or_other_data_makes_a_run_of_its_own(nursery, hard, tmp_path, text_file):
+    args, unbroken = hard
+    shutil.copytree(unbroken / "checkpoints", tmp_path / "checkpoints")
+    run = tmp_path / "checkpoints" / "tiny" / "version_0" / "checkpoints"
+    shutil.copy(run / "last.ckpt", tmp_path / "mine.ckpt")
+    other = tmp_path / "other.txt"
+    other.write_text(text_file.read_text()[::-1])
+    more = ["--trainer.max_steps", "62"]
+    for i, how in enumerate((["mine.ckpt"], [run / "best.ckpt"], ["last", "--data.corpus", other]), start=1):
+        assert nursery.run(tmp_path, "fit", "--ckpt_path", *how, *more) == 0, nursery.log.read_text()
+        assert (tmp_path / "checkpoints" / "tiny" / f"version_{i}").is_dir()
+        shutil.rmtree(tmp_path / "checkpoints" / "tiny" / f"version_{i}" / "checkpoints")
+
+
+# --- saving -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("times", [3, pytest.param(20, marks=pytest.mark.slow)])
+def test_a_full_disk_costs_nothing_that_was_saved(nursery, hard, tmp_path, times):
+    args, unbroken = hard
+    size = next(unbroken.glob("checkpoints/**/last.ckpt")).stat().st_size
+    for i in range(times):
+        folder = tmp_path / str(i)
+        shutil.copytree(unbroken, folder)
+        files = {file: file.read_bytes() for file in folder.glob("checkpoints/**/*.ckpt")}
+        limit = size // 2 + i * (size // 2) // times  # some bytes short, or half the file
+        more = ["--trainer.max_steps", "66", "--model.learning_rate", "0.1"]
+        code = nursery.run(folder, "fit", "--ckpt_path", "last", *more, limit=limit)
+        said = nursery.log.read_text()
+        assert code == 1 and "last.ckpt could not be saved at step 63" in said and "Traceback" not in said
+        assert "but its last state is not in" in said
+        assert {file: file.read_bytes() for file in folder.glob("checkpoints/**/*.ckpt*")} == files
+        shutil.rmtree(folder)
+
+
+def test_the_next_save_tries_again(tmp_path):
+    saved = {"state_dict": {}, "hyper_parameters": {}, "datamodule_hyper_parameters": {}, "global_step": 1}
+    path, io = tmp_path / "last.ckpt", SafeIO()
+    path.mkdir()  # a name that can't be written to
+    io.save_checkpoint(saved, path)
+    io.wait()
+    assert path in io.failed
+    path.rmdir()
+    io.save_checkpoint(saved | {"global_step": 2}, path)
+    io.teardown()
+    assert not io.failed and checkpoint.read_strictly(path)["global_step"] == 2
+    assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]  # and no draft
+
+
+def test_what_is_written_is_what_was_there_when_it_was_asked_for(tmp_path):
+    weight, io = torch.zeros(1000), SafeIO()
+    for step in range(20):
+        weight.fill_(step)
+        io.save_checkpoint(
+            {"state_dict": {"w": weight}, "hyper_parameters": {}, "datamodule_hyper_parameters": {}},
+            tmp_path / f"{step}",
+        )
+        weight.fill_(-1)
+    io.teardown()
+    for step in range(20):
+        assert (checkpoint.read_strictly(tmp_path / f"{step}")["state_dict"]["w"] == step).all()
+
+
+@pytest.mark.parametrize("every, interval", [(1, 3), (3, 1), (2, 2), (0, 4), (5, 100)])
+def test_best_holds_the_weights_that_its_loss_was_measured_on(tmp_path, text_file, every, interval):
+    flags = f"--save_every_n_steps {every} --trainer.val_check_interval {interval} --trainer.max_steps 12"
+    root = f"--trainer.default_root_dir={tmp_path}"
+    main(["fit", *TINY, "--data.corpus", str(text_file), root, *flags.split(), "--model.learning_rate=0.3"])
+    (run,) = tmp_path.glob("tiny/version_*")
+    board = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
+    best = checkpoint.read(run / "checkpoints" / "best.ckpt")
+    assert best["val_loss"] == pytest.approx(min(event.value for event in board.Scalars("val/loss")), rel=1e-6)
+    net, tokenizer = checkpoint.load(run / "checkpoints" / "best.ckpt")
+    text = text_file.read_text()
+    tokens = tokenizer.encode(text[int(0.9 * len(text)) :])
+    losses = []
+    for window in [tokens[i : i + 17] for i in range(0, len(tokens) - 1, 16)]:
+        with torch.no_grad():
+            logits = net(window[None, :-1])
+        losses.append(torch.nn.functional.cross_entropy(logits[0], window[1:], reduction="none"))
+    assert torch.cat(losses).mean().item() == pytest.approx(best["val_loss"], rel=1e-5)
+
+
+def test_a_loss_that_is_no_number_stops_the_run_and_what_is_good_stays(tmp_path, text_file, capsys):
+    root = f"--trainer.default_root_dir={tmp_path}"
+    flags = "--save_every_n_steps 2 --trainer.max_steps 8 --model.schedule linear --model.warmup_steps 0".split()
+    main(["fit", *TINY, "--data.corpus", str(text_file), root, *flags])
+    last = tmp_path / "tiny" / "version_0" / "checkpoints" / "last.ckpt"
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as stop:
+        flags = "--trainer.max_steps 30 --model.learning_rate 1e38".split()
+        main(["fit", "--ckpt_path", str(last), root, *flags])
+    said = capsys.readouterr().err
+    assert stop.value.code == 1 and "no number (nan or infinite) at step 10" in said and "learning_rate" in said
+    assert checkpoint.read(last)["global_step"] == 8
+
+
+# --- reading ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def good(hard):
+    """The bytes of a checkpoint."""
+    return next(hard[1].glob("checkpoints/**/last.ckpt")).read_bytes()
+
+
+def refused(path, data):
+    path.write_bytes(data)
+    with pytest.raises(ValueError, match="checkpoint"):
+        checkpoint.read_strictly(path)
+
+
+@pytest.mark.parametrize("times", [100, pytest.param(1000, marks=pytest.mark.slow)])
+def test_no_truncated_checkpoint_is_read(good, tmp_path, times):
+    dice = random.Random(0)
+    for length in [0, 1, 22, len(good) - 71, len(good) - 1, *(dice.randrange(len(good)) for _ in range(times))]:
+        refused(tmp_path / "x.ckpt", good[:length])
+    refused(tmp_path / "x.ckpt", good + b"\0")
+
+
+@pytest.mark.parametrize("times", [100, pytest.param(1000, marks=pytest.mark.slow)])
+def test_no_checkpoint_with_a_flipped_bit_is_read(good, tmp_path, times):
+    dice = random.Random(0)
+    for at in [*range(-90, 0), *(dice.randrange(len(good)) for _ in range(times))]:  # the seal, and anywhere
+        flipped = bytearray(good)
+        flipped[at] ^= 1 << dice.randrange(8)
+        refused(tmp_path / "x.ckpt", bytes(flipped))
+
+
+class Hostile:
+    def __init__(self, call, *args):
+        self.call = call, args
+
+    def __reduce__(self):
+        return self.call
+
+
+def test_no_code_in_a_checkpoint_runs(good, tmp_path):
+    mark = tmp_path / "mark"
+    orders = [
+        Hostile(os.system, f"touch {mark}"),
+        Hostile(exec, f"open({str(mark)!r}, 'w')"),
+        Hostile(eval, f"open({str(mark)!r}, 'w')"),
+        Hostile(subprocess.Popen, ["touch", str(mark)]),
+        Hostile(shutil.copy, __file__, str(mark)),
+        Hostile(Path.touch, mark),
+    ]
+    parts = {"hyper_parameters": {}, "datamodule_hyper_parameters": {}, "state_dict": {}}
+    for i, order in enumerate(orders):
+        whole, legacy, raw = (tmp_path / f"{i}{kind}.ckpt" for kind in "abc")
+        torch.save(parts | {"state_dict": {"x": order}}, whole)
+        torch.save(parts | {"config": order}, legacy, _use_new_zipfile_serialization=False)
+        raw.write_bytes(pickle.dumps(order))
+        sealed = tmp_path / f"{i}d.ckpt"
+        checkpoint.write(parts | {"x": order}, sealed)  # a seal proves nothing about who wrote it
+        for path in whole, legacy, raw, sealed:
+            with pytest.raises(ValueError, match="checkpoint"):
+                checkpoint.read_strictly(path)
+            assert not mark.exists()
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"format": 99}, "has format 99, and this lightning-gpt reads up to"),
+        ({"state_dict": None}, "is a PyTorch file, but no checkpoint of lightning-gpt"),
+        ({"hyper_parameters": {}}, "does not fit this version"),
+    ],
+)
+def test_a_checkpoint_of_another_kind_is_refused(good, tmp_path, change, message):
+    saved, path = torch.load(io.BytesIO(good), weights_only=True) | change, tmp_path / "x.ckpt"
+    checkpoint.write(saved, path)
+    if "format" in change:  # `write` puts its own
+        torch.save(saved, path)
+    with pytest.raises(ValueError, match=message):
+        checkpoint.load(path)
+
+
+def test_a_damaged_last_names_the_newest_good_one(hard, tmp_path, monkeypatch, capsys):
+    shutil.copytree(hard[1] / "checkpoints", tmp_path / "checkpoints")
+    monkeypatch.chdir(tmp_path)
+    (last,) = tmp_path.glob("checkpoints/**/last.ckpt")
+    last.write_bytes(last.read_bytes()[:-1000])
+    for command in "fit", "validate", "generate":
+        with pytest.raises(SystemExit) as stop:
+            main([command, "--ckpt_path", "last"])
+        assert stop.value.code == 2
+        assert (
+            capsys.readouterr()
+            .err.strip()
+            .endswith(f"The newest good one is {last.parent.relative_to(tmp_path)}/best.ckpt")
+        )
+
+
+# --- anything at all --------------------------------------------------------------------------------------------------
+
+relaxed = dict(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+
+
+@settings(max_examples=200, **relaxed)
+@given(st.binary(max_size=300) | st.text(max_size=300).map(str.encode))
+def test_any_bytes_are_a_corpus_or_a_clear_error(tmp_path, data):
+    path = tmp_path / "corpus.txt"
+    path.write_bytes(data)
+    try:
+        module = TinyShakespeare(str(path), block_size=3, batch_size=2, renamed_copies=1)
+    except ValueError as error:
+        assert "\n" not in str(error) and ("corpus" in str(error) or "split has" in str(error))
+    else:
+        text = module.tokenizer.decode(module.train_tokens.long())
+        assert data.decode("utf-8-sig").startswith(text[: len(module.train_tokens) // 2])
+
+
+@settings(max_examples=200, **relaxed)
+@given(st.text(max_size=30), st.floats(0, 5), st.none() | st.integers(1, 100))
+def test_any_prompt_is_continued_or_refused(good, tmp_path, prompt, temperature, top_k):
+    path = tmp_path / "x.ckpt"
+    if not path.exists():
+        path.write_bytes(good)
+    net, tokenizer = checkpoint.load(path)
+    try:
+        idx = tokenizer.encode(prompt)
+    except ValueError as error:
+        assert set(prompt) - set(tokenizer.vocabulary) and "this vocabulary of" in str(error)
+        return
+    if len(idx):
+        text = tokenizer.decode(generate(net, idx[None], 20, temperature=temperature, top_k=top_k)[0])
+        assert text.startswith(prompt) and len(text) == len(prompt) + 20
+
+
+@settings(max_examples=300, **relaxed)
+@given(st.binary(max_size=500))
+def test_any_bytes_are_refused_as_a_checkpoint(tmp_path, data):
+    refused(tmp_path / "x.ckpt", data)
+
+
+@settings(max_examples=100, **relaxed)
+@given(st.dictionaries(st.text("abc/.", min_size=1, max_size=5), st.binary(max_size=100), max_size=3))
+def test_any_archive_is_refused_as_a_checkpoint(tmp_path, files):
+    path = tmp_path / "x.ckpt"
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    refused(path, path.read_bytes())
+
+
+numbers = st.integers(-2, 40) | st.sampled_from([10**13, -(10**13)])
+shares = st.floats(-0.5, 1.5) | st.sampled_from([float("nan"), float("inf"), 0.0, 1.0])
+flags = {
+    "model": dict(n_layer=st.integers(-1, 3), n_head=st.integers(-1, 5), n_embd=numbers, block_size=numbers)
+    | dict(dropout=shares, logit_cap=shares, ngram=st.integers(-1, 5), ngram_rows=numbers, warmup_steps=numbers)
+    | dict(learning_rate=shares, muon_lr=shares, weight_decay=shares, min_lr_ratio=shares, ema_decay=shares)
+    | dict(activation=st.sampled_from(["gelu", "relu2", "swiglu", "?"]), norm=st.sampled_from(["layer", "rms"]))
+    | dict(position=st.sampled_from(["learned", "rotary"]), optimizer=st.sampled_from(["adamw", "muon"]))
+    | dict(qk_norm=st.booleans(), bias=st.booleans(), tie_embeddings=st.booleans(), decay_share=shares),
+    "data": dict(batch_size=numbers, split=shares, renamed_copies=st.integers(-2, 3)),
+    "trainer": dict(max_steps=st.integers(-2, 4), val_check_interval=st.integers(-1, 4) | st.floats(0, 1))
+    | dict(accumulate_grad_batches=st.integers(-1, 3), gradient_clip_val=st.none() | shares)
+    | dict(limit_val_batches=st.integers(-1, 3), log_every_n_steps=st.integers(-1, 3)),
+    "sample": dict(length=st.integers(-1, 30), temperature=shares, top_k=st.none() | numbers),
+}
+one_flag = st.sampled_from([(group, name) for group in flags for name in flags[group]]).flatmap(
+    lambda at: flags[at[0]][at[1]].map(lambda value: f"--{at[0]}.{at[1]}={'null' if value is None else value}")
+)
+
+
+def fits_or_says_why(tmp_path, text_file, capsys, wanted):
+    root = f"--trainer.default_root_dir={tmp_path}"
+    try:
+        main(["fit", *TINY, "--data.corpus", str(text_file), root, "--trainer.max_steps=3", *wanted])
+    except SystemExit as stop:
+        said = capsys.readouterr().err.strip()
+        assert stop.code in (1, 2) and said.startswith("lightning-gpt: error: ") and "\n" not in said, said
+    shutil.rmtree(tmp_path / "tiny", ignore_errors=True)
+
+
+@settings(max_examples=15, **relaxed)
+@given(st.lists(one_flag, min_size=1, max_size=3))
+def test_any_settings_train_or_are_refused(tmp_path, text_file, capsys, wanted):
+    fits_or_says_why(tmp_path, text_file, capsys, wanted)
+
+
+@pytest.mark.slow
+@settings(max_examples=500, **relaxed)
+@given(st.lists(one_flag, min_size=1, max_size=4))
+def test_any_settings_train_or_are_refused_at_length(tmp_path, text_file, capsys, wanted):
+    fits_or_says_why(tmp_path, text_file, capsys, wanted)
