@@ -3,7 +3,7 @@
 import math
 import sys
 from copy import deepcopy
-from typing import Literal
+from typing import Literal, cast
 
 import lightning as L
 import torch
@@ -293,6 +293,7 @@ class LanguageModel(L.LightningModule):
         # resumed where a validation was due, Lightning skips it in a turn without a batch, but counts a step for the
         # loggers: the resumed curves would be one off
         trainer = self.trainer
-        if trainer.enable_validation and (trainer.fit_loop.total_batch_idx + 1) % trainer.val_check_batch == 0:
+        interval = cast(int, trainer.val_check_batch)
+        if trainer.enable_validation and (trainer.fit_loop.total_batch_idx + 1) % interval == 0:
             counters = checkpoint["loops"]["fit_loop"]["epoch_loop.state_dict"]
             counters["_batches_that_stepped"] = trainer.global_step - 1
