@@ -12,6 +12,7 @@ import tempfile
 import time
 from contextlib import nullcontext
 from functools import partial
+from typing import Any
 
 import lightning as L
 import torch
@@ -140,35 +141,45 @@ class Bench(CLI):
         model.recorded_result = None
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+        if not trainer.is_global_zero:
+            return
         device, precision, hp = trainer.strategy.root_device, trainer.precision, datamodule.hparams
-        windows = RandomWindows(datamodule.train_tokens, hp.block_size, hp.batch_size, hp.seed)
-        lm = LanguageModel(**model.hparams)
-        bare = bare_loop(lm, windows, device, precision, trainer.gradient_clip_val or math.inf, ask.steps)
+        lm, seconds_of = LanguageModel(**model.hparams), {"Trainer": clock.seconds}
+        if trainer.world_size == 1:
+            windows = RandomWindows(datamodule.train_tokens, hp.block_size, hp.batch_size, hp.seed)
+            clip = trainer.gradient_clip_val or math.inf
+            seconds_of["bare loop"] = bare_loop(lm, windows, device, precision, clip, ask.steps)
         tokens, rate = hp.batch_size * hp.block_size, matmul_rate(device, precision)
         rows = {}
-        for name, seconds in {"Trainer": clock.seconds, "bare loop": bare}.items():
+        for name, seconds in seconds_of.items():
             speed = tokens * ask.steps / seconds
-            mfu = speed * flops_per_token(lm.net) / rate
+            mfu = speed * flops_per_token(lm.net) / rate / trainer.world_size
             rows[name] = {"ms_per_step": 1e3 * seconds / ask.steps, "tokens_per_second": speed, "mfu": mfu}
-        memory = torch.cuda.max_memory_reserved() / 2**30 if device.type == "cuda" else math.nan
-        result = {
+        gib = torch.cuda.max_memory_reserved() / 2**30 if device.type == "cuda" else math.nan
+        result: dict[str, Any] = {
             "parameters": sum(p.numel() for p in lm.net.parameters()),
             "device": torch.cuda.get_device_name()
             if device.type == "cuda"
             else f"CPU, {torch.get_num_threads()} threads",
             "matmul_tflops": rate / 1e12,
-            "memory_gib": memory,
-            "trainer_over_bare": clock.seconds / bare,
+            "memory_gib": gib,
+            "trainer_over_bare": clock.seconds / seconds_of.get("bare loop", math.nan),
+            "devices": trainer.world_size,
             **rows,
         }
         if ask.json:
             print(json.dumps(result))
             return
-        print(f"{result['device']}, {rate / 1e12:,.1f} TFLOP/s in a matrix product; {result['parameters'] / 1e6:.2f}M")
+        size = f"{result['parameters'] / 1e6:.2f}M parameters"
+        memory = f", {result['memory_gib']:.1f} GiB" if device.type == "cuda" else ""
+        print(
+            f"{result['devices']} x {result['device']}, {rate / 1e12:,.1f} TFLOP/s in a matrix product; {size}{memory}"
+        )
         print(f"{'':12}{'ms/step':>10}{'tokens/s':>14}{'MFU':>8}")
         for name, row in rows.items():
             print(f"{name:12}{row['ms_per_step']:10.2f}{row['tokens_per_second']:14,.0f}{row['mfu']:8.1%}")
-        print(f"Trainer / bare loop {result['trainer_over_bare']:.3f}")
+        if trainer.world_size == 1:
+            print(f"Trainer / bare loop {result['trainer_over_bare']:.3f}")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
+from .distributed import Shards
 from .generation import check, generate
 from .training import LanguageModel
 
@@ -53,12 +54,17 @@ class SampleText(L.Callback):
         self.spelled = [p for p in likely if not tokenizer.unknown(p)] or [tokenizer.vocabulary[0]]
 
     def on_validation_end(self, trainer: L.Trainer, lm: L.LightningModule) -> None:
-        if trainer.sanity_checking or not trainer.is_global_zero or not self.length or trainer.state.fn != "fit":
+        sharded = isinstance(trainer.strategy, Shards)  # then every rank has to take part
+        if trainer.sanity_checking or not self.length or trainer.state.fn != "fit":
+            return
+        if not (trainer.is_global_zero or sharded):
             return
         if not trainer.callback_metrics["val/loss"].isfinite():
             return  # a net that has diverged has nothing to say
         same_length = groupby(sorted(self.spelled, key=len), key=len)  # one batch each
         texts = [text for _, prompts in same_length for text in self.sample(trainer, lm, list(prompts))]
+        if not trainer.is_global_zero:
+            return
         if board := next((log for log in trainer.loggers if hasattr(log.experiment, "add_text")), None):
             board.experiment.add_text("samples", "\n".join(f"```\n{text}\n```" for text in texts), trainer.global_step)
         if self.console_length:

@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import shutil
+import signal
 import sys
 import threading
 import warnings
@@ -220,6 +221,8 @@ class CLI(LightningCLI):
                 watchers += [self.saver, StopOnSignal(self.saver)]
         else:
             kwargs["plugins"] = [SafeIO(), *(self.config_init[self.config.subcommand].trainer.plugins or [])]
+        if given.strategy == "auto" and several_devices(given):
+            kwargs["strategy"] = "replicas"
         kwargs["callbacks"] = watchers + list(self.config_init[self.config.subcommand].trainer.callbacks or [])
         try:
             return super().instantiate_trainer(**kwargs)
@@ -265,8 +268,23 @@ class CLI(LightningCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         if subcommand == "generate":
             generate(**{key: self.config.generate[key] for key in self._generate_args})
-        else:
+            return
+        try:
             super()._run_subcommand(subcommand)
+        except Exception as error:
+            launcher = self.trainer.strategy.launcher
+            if not isinstance(error, Stopped) and hasattr(launcher, "kill"):
+                launcher.kill(signal.SIGKILL)  # the other ranks would wait for this one
+            raise
+
+
+def several_devices(trainer) -> bool:
+    """Whether these settings of the Trainer mean more than one device on this machine, or machines."""
+    if trainer.num_nodes > 1 or isinstance(trainer.devices, list) and len(trainer.devices) > 1:
+        return True
+    gpus = torch.cuda.device_count() if trainer.accelerator in ("auto", "gpu", "cuda") else 0
+    devices = gpus if str(trainer.devices) in ("auto", "-1") else trainer.devices
+    return str(devices).isdecimal() and int(devices) > 1 or "," in str(devices).rstrip(",")
 
 
 def program() -> str:

@@ -70,15 +70,19 @@ class EveryWindow:
     """A split once, in windows side by side: each token but the first is predicted exactly once.
 
     A batch is (windows, block_size + 1) token ids, the last of a window being the first of the next;
-    what is left over at the end is a shorter window of its own. Ranks take turns, nothing is padded.
+    what is left over at the end is a shorter window of its own. Ranks take turns, nothing is padded; all have as many
+    batches, if need be of no windows.
     """
 
     def __init__(self, tokens: Tensor, block_size: int, batch_size: int, rank: int = 0, world_size: int = 1):
         windows = tokens.unfold(0, block_size + 1, block_size)
-        self.batches = list(windows[rank::world_size].split(batch_size))
         rest = tokens[len(windows) * block_size :]
-        if len(rest) > 1 and len(windows) % world_size == rank:
-            self.batches.append(rest[None])
+        shares = [list(windows[r::world_size].split(batch_size)) for r in range(world_size)]
+        if len(rest) > 1:
+            shares[len(windows) % world_size].append(rest[None])
+        self.batches = shares[rank]
+        # a sharded net needs all ranks for every forward: as many batches for each, some of them without a window
+        self.batches += [windows[:0]] * (max(map(len, shares)) - len(self.batches))
 
     def __len__(self) -> int:
         return len(self.batches)

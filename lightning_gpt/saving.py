@@ -194,6 +194,9 @@ class StopOnSignal(L.Callback):
         if self.received:
             if self.saver.saved_step != trainer.global_step:
                 self.saver.save(trainer, self.saver.last)
+            if isinstance(io := trainer.strategy.checkpoint_io, SafeIO):
+                io.wait()
+            trainer.strategy.barrier()  # nobody leaves before all is on the disk
             raise Stopped(self.received, trainer.global_step, Path(os.path.relpath(self.saver.last)))
 
     def teardown(self, trainer: L.Trainer, lm: L.LightningModule, stage: str) -> None:

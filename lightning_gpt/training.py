@@ -8,11 +8,13 @@ from typing import Literal, cast
 import lightning as L
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import functional as F
 from torchmetrics import MeanMetric, Metric, MetricCollection
 
 from .capture import CapturedStep
 from .data import mix
+from .distributed import Replicas, Shards, shard, whole
 from .model import GPT, GPTConfig
 from .optim import Muon, adamw_groups, lr_factor, muon_groups
 
@@ -206,9 +208,11 @@ class LanguageModel(L.LightningModule):
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
         # by hand, as Lightning 2.6 refuses to clip for a fused optimizer under bf16-mixed
         params = list(self.net.parameters())
+        if isinstance(self.trainer.strategy, Replicas):
+            self.trainer.strategy.average([p.grad for p in params if p.grad is not None])
         if gradient_clip_algorithm == "value":
             nn.utils.clip_grad_value_(params, gradient_clip_val)
-        self.grad_norm = nn.utils.get_total_norm([p.grad for p in params if p.grad is not None])
+        self.grad_norm = whole(nn.utils.get_total_norm([p.grad for p in params if p.grad is not None]))
         if gradient_clip_val and gradient_clip_algorithm != "value":
             nn.utils.clip_grads_with_norm_(params, gradient_clip_val, self.grad_norm)
 
@@ -219,10 +223,10 @@ class LanguageModel(L.LightningModule):
 
     def stop_if_diverged(self, look_at_weights: bool = True) -> None:
         """Raises Diverged if a loss was no number so far, or a weight is none now."""
-        if bad := int(self.bad_losses):
+        if bad := int(self.trainer.strategy.reduce(self.bad_losses, reduce_op="max")):  # all ranks stop, or none
             step = max(1, self.trainer.global_step - (bad - 1) // self.trainer.accumulate_grad_batches)
             what = "the loss became no number (nan or infinite)"
-        elif look_at_weights and not nn.utils.get_total_norm(self.net.parameters()).isfinite():
+        elif look_at_weights and not whole(nn.utils.get_total_norm(self.net.parameters())).isfinite():
             step, what = self.trainer.global_step, "the weights became no numbers (nan or infinite)"
         else:
             return
@@ -232,10 +236,11 @@ class LanguageModel(L.LightningModule):
         raise Diverged(f"{what} at step {step:,}, with {at}: take a lower rate")
 
     def on_train_batch_end(self, outputs, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        if self.device.type == "cpu" or self.logs_after(batch_idx):
+        if (self.device.type == "cpu" and self.trainer.world_size == 1) or self.logs_after(batch_idx):
             self.stop_if_diverged(look_at_weights=False)
         if self.logs_after(batch_idx):
-            self.log("train/loss", outputs["loss"].clone())  # a replayed step writes to the same place
+            loss = outputs["loss"].clone()  # a replayed step writes to the same place
+            self.log("train/loss", loss, sync_dist=self.trainer.world_size > 1)
             self.log("train/lr", float(self.trainer.optimizers[0].param_groups[0]["lr"]))
             self.log("train/grad_norm", self.grad_norm.clone())
 
@@ -252,14 +257,27 @@ class LanguageModel(L.LightningModule):
             torch.compiler.set_stance("default")
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        self.val_metrics.update(next_token_loss(self.final_net, *batch), weight=batch[1].numel())
+        self.measure(self.val_metrics, *batch)
         self.log_dict(self.val_metrics)
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        self.test_metrics.update(next_token_loss(self.final_net, *batch), weight=batch[1].numel())
+        self.measure(self.test_metrics, *batch)
         self.log_dict(self.test_metrics)
 
+    def measure(self, metrics: MetricCollection, x: Tensor, y: Tensor) -> None:
+        if y.numel():
+            metrics.update(next_token_loss(self.final_net, x, y), weight=y.numel())
+        elif isinstance(self.trainer.strategy, Shards):
+            nothing = x.new_zeros(1, x.size(1))  # the others have a window, and need this rank's weights for it
+            next_token_loss(self.final_net, nothing, nothing)
+
     # --- set up, save and resume -------------------------------------------------------------------------------------
+
+    def configure_model(self) -> None:
+        if isinstance(self.trainer.strategy, Shards):
+            for net in self.net, self.average:
+                if net is not None:
+                    shard(net, cast(DeviceMesh, self.device_mesh)["data_parallel"])
 
     def parameter_groups(self) -> list[dict]:
         hp = self.hparams
@@ -269,6 +287,8 @@ class LanguageModel(L.LightningModule):
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         if self.hparams.optimizer == "muon":
+            if isinstance(self.trainer.strategy, Shards):
+                raise ValueError("model.optimizer=muon takes whole matrices, and this strategy shards them: take adamw")
             return Muon(self.parameter_groups())
         # one kernel for all parameters; 16-mixed must see the gradients unscaled before they are clipped
         fused = self.device.type == "cuda" and self.trainer.precision != "16-mixed"
@@ -281,8 +301,9 @@ class LanguageModel(L.LightningModule):
             for block in self.net.h:
                 block.compile(dynamic=False)  # in place and one for all: the checkpoint's keys stay as they are
             self.head_loss = torch.compile(loss_of_features, dynamic=False)
-            alone = self.trainer.world_size == 1 and self.trainer.accumulate_grad_batches == 1
-            if self.device.type == "cuda" and alone and self.trainer.precision != "16-mixed":
+            whole = self.trainer.world_size == 1 or isinstance(self.trainer.strategy, Replicas)
+            whole = whole and self.trainer.accumulate_grad_batches == 1 and self.trainer.precision != "16-mixed"
+            if self.device.type == "cuda" and whole:
                 self.captured = CapturedStep()
         # a resumed optimizer keeps its moments, but takes its rates from today's settings
         for group, fresh in zip(self.trainer.optimizers[0].param_groups, self.parameter_groups(), strict=True):

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from lightning_gpt import checkpoint
 from lightning_gpt.callbacks import SampleText
 from lightning_gpt.data import EveryWindow, TinyShakespeare
+from lightning_gpt.distributed import Replicas
 from lightning_gpt.model import GPT, GPTConfig
 from lightning_gpt.optim import Muon, adamw_groups, lr_factor, muon_groups
 from lightning_gpt.saving import Save
@@ -47,7 +48,7 @@ def fit(folder, steps, *, devices=1, ckpt_path=None, save_at=10**9, callbacks=()
         max_steps=steps,
         accelerator="cpu",
         devices=devices,
-        strategy="ddp_spawn" if devices > 1 else "auto",
+        strategy=Replicas(start_method="spawn") if devices > 1 else "auto",
         callbacks=[saver, *callbacks],
         use_distributed_sampler=False,
         **settings | quiet | how,
@@ -111,8 +112,9 @@ def test_sampling_does_not_change_training(tmp_path):
 @pytest.mark.parametrize("devices", [2, 4])
 @pytest.mark.parametrize("model", [{}, RECIPE], ids=["adamw", "muon and average"])
 def test_several_devices_take_the_steps_of_one(tmp_path, devices, model):
-    one, *_ = fit(tmp_path, 10, model=model | dict(dropout=0.0))
-    many, *_ = fit(tmp_path, 10, model=model | dict(dropout=0.0), devices=devices)
+    still = dict(dropout=0.0, ngram_dropout=0.0)  # the dice depend on the rank
+    one, *_ = fit(tmp_path, 10, model=model | still)
+    many, *_ = fit(tmp_path, 10, model=model | still, devices=devices)
     for name in one:
         torch.testing.assert_close(many[name], one[name], rtol=0, atol=1e-12)
 

@@ -1,0 +1,92 @@
+"""Several devices as one: each takes its share of a batch, and holds the whole net or a part of it."""
+
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, StrategyRegistry
+from torch import Tensor
+from torch import distributed as dist
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict, set_optimizer_state_dict
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+
+from . import checkpoint
+from .model import GPT
+
+
+class Replicas(DDPStrategy):
+    """Data parallel in one message a step: gradients are averaged at once, when all are there.
+
+    DDP hides its many messages behind the backward pass, at the price of a wrapper that no CUDA graph records and that
+    works in every micro-batch. Nets of this size are sent faster than they are hidden.
+    """
+
+    def setup(self, trainer: L.Trainer) -> None:
+        # Lightning asks all ranks in each step if one got a SIGTERM, and the GPU waits. StopOnSignal asks now and then
+        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+        super().setup(trainer)
+
+    def configure_ddp(self) -> None:
+        """No wrapper; but all start from the weights of rank 0, whatever dice the others threw."""
+        assert self.model is not None
+        for tensor in self.model.state_dict().values():
+            dist.broadcast(tensor, src=0)
+
+    def average(self, tensors: list[Tensor]) -> None:
+        """Each tensor becomes its mean over all ranks, in place."""
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        dist.all_reduce(flat)
+        means = (flat / self.world_size).split([tensor.numel() for tensor in tensors])
+        torch._foreach_copy_(tensors, [mean.view_as(tensor) for mean, tensor in zip(means, tensors, strict=True)])
+
+
+def shard(net: GPT, mesh: DeviceMesh) -> None:
+    """Every device keeps a part of each weight and fetches a block's others when it is that block's turn.
+
+    FSDP2, torch.distributed.fsdp.fully_shard; for nets that outgrow one device.
+    """
+    for block in net.h:
+        fully_shard(block, mesh=mesh)
+    fully_shard(net, mesh=mesh)
+    for entrance in "features", "logits":  # we call the net there too, and it has to fetch its weights first
+        register_fsdp_forward_method(net, entrance)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A tensor on this device, which may be sharded."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+class Shards(ModelParallelStrategy):
+    """Every device keeps a part of each weight; checkpoints are whole ones, that any number of devices takes up."""
+
+    def __init__(self, **how) -> None:
+        super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=False, **how)
+
+    def setup_environment(self) -> None:
+        self._data_parallel_size = self.num_nodes * self.num_processes
+        super().setup_environment()
+
+    def load_checkpoint(self, checkpoint_path, weights_only: bool | None = None) -> dict[str, Any]:
+        saved, module = checkpoint.read(checkpoint_path), self.lightning_module
+        assert module is not None
+        options = StateDictOptions(full_state_dict=True)
+        set_model_state_dict(module, saved["state_dict"], options=options)
+        name_of = {p: name for name, p in module.named_parameters()}
+        for optimizer, state in zip(self.optimizers, saved["optimizer_states"], strict=False):
+            # parameters have numbers in the file, in the order of the groups, and names here
+            names = iter([name_of[p] for group in optimizer.param_groups for p in group["params"]])
+            named = {k: next(names) for group in state["param_groups"] for k in group["params"]}
+            groups = [group | {"params": [named[k] for k in group["params"]]} for group in state["param_groups"]]
+            by_name: dict[str, Any] = {
+                "state": {named[k]: value for k, value in state["state"].items()},
+                "param_groups": groups,
+            }
+            set_optimizer_state_dict(module, optimizer, by_name, options=options)
+        return saved
+
+
+StrategyRegistry.register("shards", Shards, description="FSDP2: weights, gradients and optimizer in parts")
+StrategyRegistry.register("replicas", Replicas, description="data parallel, gradients averaged in one message")
