@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 import warnings
+from itertools import chain, count
 from pathlib import Path
 from typing import NoReturn
 
@@ -112,10 +113,10 @@ class SaveConfig(SaveConfigCallback):
     def on_train_start(self, trainer: L.Trainer, lm: L.LightningModule) -> None:
         if trainer.is_global_zero:
             self.folder.mkdir(parents=True, exist_ok=True)
-            file = self.folder / "config.yaml"
-            if file.exists():
-                file = self.folder / f"config_from_step_{trainer.global_step}.yaml"
-            file.write_text(self.text())
+            from_step = f"config_from_step_{trainer.global_step}"
+            names = chain(["config", from_step], (f"{from_step}_{n}" for n in count(2)))
+            files = (self.folder / f"{name}.yaml" for name in names)
+            next(file for file in files if not file.exists()).write_text(self.text())
 
     def on_save_checkpoint(self, trainer: L.Trainer, lm: L.LightningModule, saved: dict) -> None:
         saved["config"] = self.text()

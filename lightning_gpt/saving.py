@@ -115,7 +115,7 @@ class Save(Checkpoint):
         cast(LanguageModel, trainer.lightning_module).stop_if_diverged()
         if not trainer.fast_dev_run:
             for logger in trainer.loggers:
-                logger.save()  # to disk, or the curves would lack what came between their last save and this one
+                logger.save()  # text and all to disk too, as what comes before a save will not be logged again
             trainer.save_checkpoint(path)
             self.saved_step = trainer.global_step
 

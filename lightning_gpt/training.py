@@ -119,6 +119,9 @@ class LanguageModel(L.LightningModule):
         for name, value in {"ema_decay": ema_decay, "min_lr_ratio": min_lr_ratio, "decay_share": decay_share}.items():
             if not 0 <= value <= 1 or value == 1 and name == "ema_decay":
                 raise ValueError(f"{name}={value} is a share: 0 or more, and less than 1 (min_lr_ratio may be 1)")
+        for name, rate in {"learning_rate": learning_rate, "muon_lr": muon_lr}.items():
+            if not 0 <= rate <= 1e30:
+                raise ValueError(f"{name}={rate} must be between 0 and 1e30; 1e-4 to 1e-1 are usual")
         if warmup_steps < 0:
             raise ValueError(f"warmup_steps={warmup_steps} must be 0 or more")
         self.save_hyperparameters()

@@ -143,7 +143,7 @@ def until_done(nursery, folder, args, end, moments):
         with suppress(ProcessLookupError):  # it was done already
             os.kill(pid, end)
         code = nursery.end()
-        if code not in (0, 2):
+        if code == (-end if end == signal.SIGKILL else 128 + end):  # and not before it trained
             ended += 1
         if code == -signal.SIGKILL:
             for file in folder.glob("checkpoints/**/*.ckpt"):
@@ -163,19 +163,19 @@ def lives(nursery, hard, tmp_path, end, times, seed):
     while ended < times:
         folder = tmp_path / str(life)
         folder.mkdir()
-        ended += until_done(nursery, folder, args, end, iter([dice.uniform(0.1, 2.5) for _ in range(3)]))
+        ended += until_done(nursery, folder, args, end, iter([dice.uniform(0.5, 2.0) for _ in range(3)]))
         assert differences(end_of(folder), truth) == []
         shutil.rmtree(folder)
         life += 1
     return ended
 
 
-@pytest.mark.parametrize("times", [2, pytest.param(100, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("times", [1, pytest.param(100, marks=pytest.mark.slow)])
 def test_kill_9_loses_nothing_that_was_saved(nursery, hard, tmp_path, times):
     lives(nursery, hard, tmp_path, signal.SIGKILL, times, seed=1)
 
 
-@pytest.mark.parametrize("times", [2, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("times", [1, pytest.param(50, marks=pytest.mark.slow)])
 def test_a_signal_loses_no_step(nursery, hard, tmp_path, times):
     lives(nursery, hard, tmp_path, signal.SIGTERM, times, seed=2)
 
@@ -299,7 +299,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_what_is_good_stays(tmp_path,
     last = tmp_path / "tiny" / "version_0" / "checkpoints" / "last.ckpt"
     capsys.readouterr()
     with pytest.raises(SystemExit) as stop:
-        flags = "--trainer.max_steps 30 --model.learning_rate 1e38".split()
+        flags = "--trainer.max_steps 30 --model.learning_rate 1e30".split()
         main(["fit", "--ckpt_path", str(last), root, *flags])
     said = capsys.readouterr().err
     assert stop.value.code == 1 and "no number (nan or infinite) at step 10" in said and "learning_rate" in said
