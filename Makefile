@@ -22,7 +22,7 @@ generate: .venv/installed  ## write text from the newest best checkpoint
 board: .venv/installed  ## look at the runs: TensorBoard on http://127.0.0.1:6006
 	$(BIN)/tensorboard --logdir checkpoints --host 127.0.0.1
 
-test: .venv/dev  ## pass the tests, in a good minute
+test: .venv/dev  ## pass the tests, in two minutes
 	$(BIN)/pytest -m "not slow"
 
 test-all: .venv/dev  ## pass the slow tests too

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from .model import GPT, GPTConfig
-from .tokenizer import CharTokenizer
+from .tokenizer import CharTokenizer, TokenIds
 
 ROOT = Path("checkpoints")  # where runs land
 FORMAT = 2  # of the files; 1 had no seal
@@ -137,7 +137,7 @@ def read_strictly(path: Path) -> dict:
     return saved
 
 
-def load(path: str | Path, device: str | torch.device = "cpu") -> tuple[GPT, CharTokenizer]:
+def load(path: str | Path, device: str | torch.device = "cpu") -> tuple[GPT, CharTokenizer | TokenIds]:
     """The net and the tokenizer of a checkpoint, ready to sample from, in float32 on `device`."""
     saved = read(path)
     sizes, weights = saved["hyper_parameters"], saved["state_dict"]
@@ -147,7 +147,8 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> tuple[GPT, Cha
             net = GPT(GPTConfig(**{name: size for name, size in sizes.items() if name in names}))
         prefix = "average." if sizes.get("ema_decay") else "net."  # the average is what was validated
         net.load_state_dict({k.removeprefix(prefix): w for k, w in weights.items() if k.startswith(prefix)})
-        tokenizer = CharTokenizer(saved["datamodule_hyper_parameters"]["vocabulary"])
+        data = saved["datamodule_hyper_parameters"]
+        tokenizer = TokenIds(sizes["vocab_size"]) if data.get("tokens") else CharTokenizer(data["vocabulary"])
     except (KeyError, RuntimeError, TypeError, ValueError, AttributeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise ValueError(f"the checkpoint {path} does not fit this version of lightning-gpt: {reason}") from None

@@ -88,7 +88,7 @@ def generate(
     for i in range(num_samples):
         if i:
             print("\n" + "-" * 40)
-        print(prompt, end="", flush=True)
+        print(tokenizer.decode(idx), end="", flush=True)
         dice.manual_seed(mix(seed, i))
         for token in stream(net, idx, max_new_tokens, temperature=temperature, top_k=top_k, generator=dice):
             print(tokenizer.decode(token), end="", flush=True)
@@ -240,7 +240,7 @@ class CLI(LightningCLI):
             size = sum(p.numel() for p in self.model.net.parameters())
             print(
                 f"{size / 1e6:.2f}M parameters on {t.num_devices * t.num_nodes} x {t.strategy.root_device.type} "
-                f"({t.precision}), {len(data.train_tokens):,} characters to train on, {len(data.val_tokens):,} to "
+                f"({t.precision}), {len(data.train_tokens):,} tokens to train on, {len(data.val_tokens):,} to "
                 f"validate, {t.max_steps:,} steps",
                 flush=True,
             )

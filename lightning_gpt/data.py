@@ -3,13 +3,15 @@
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import lightning as L
+import numpy as np
 import torch
 from torch import Tensor
 
 from .renaming import Renaming
-from .tokenizer import CharTokenizer
+from .tokenizer import CharTokenizer, TokenIds
 
 TINY_SHAKESPEARE = Path(__file__).parent / "corpus" / "tiny_shakespeare.txt"
 
@@ -39,6 +41,30 @@ def read_text(path: str | Path) -> str:
     if "\0" in text:
         raise ValueError(f"the corpus {path} is a binary file: a zero byte at offset {data.index(0)}")
     return text
+
+
+def read_tokens(path: str, token_type: str, kinds: int) -> Tensor:
+    """The token ids of a file, one number after the other (nanoGPT's train.bin), mapped into memory and not read.
+
+    Raises:
+        ValueError: the file is empty, is no row of such numbers, or has ids beyond the vocabulary. OSError: it can't
+            be read.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"the token file {path} does not exist")
+    size, width = Path(path).stat().st_size, np.dtype(token_type).itemsize
+    if not size or size % width:
+        raise ValueError(
+            f"the token file {path} has {size:,} bytes, which are no {token_type} numbers of {width} bytes"
+        )
+    ids = np.memmap(path, dtype=token_type, mode="c")  # as if one could write, or torch warns
+    for at in range(0, len(ids), 2**26):  # a look at each, a part at a time: 5 GB/s
+        if (highest := int(ids[at : at + 2**26].max())) >= kinds:
+            raise ValueError(
+                f"the token file {path} has the id {highest} near token {at:,}, beyond the {kinds} kinds there are: "
+                "give a larger data.token_kinds, or data.token_type if its numbers are not " + token_type
+            )
+    return torch.from_numpy(ids)
 
 
 class RandomWindows:
@@ -106,6 +132,10 @@ class TinyShakespeare(L.LightningDataModule):
         seed: decides which windows make up batch k.
         vocabulary: the characters that have a token id; null takes those of the corpus. A checkpoint
             brings its own.
+        tokens: two files of token ids in place of a corpus, "train.bin,val.bin", as nanoGPT makes them; they may be
+            larger than memory.
+        token_kinds: how many ids there are, the largest one and one more; needed with token files only.
+        token_type: the numbers in them.
     Raises:
         ValueError: a text that is empty, binary, too short for one window or has unknown characters.
     """
@@ -119,6 +149,9 @@ class TinyShakespeare(L.LightningDataModule):
         renamed_copies: int = 0,
         seed: int = 1337,
         vocabulary: str | None = None,
+        tokens: str | None = None,
+        token_kinds: int | None = None,
+        token_type: Literal["uint16", "uint32"] = "uint16",
     ):
         super().__init__()
         start, end = (split, 1.0) if isinstance(split, float) else split
@@ -128,27 +161,46 @@ class TinyShakespeare(L.LightningDataModule):
             )
         if batch_size < 1:
             raise ValueError(f"data.batch_size={batch_size} must be at least 1")
+        if tokens:
+            self.take_tokens(tokens.split(","), token_kinds, token_type)
+            self.save_hyperparameters()
+            self.refuse_short(block_size, "tokens")
+            return
+        if token_kinds:
+            raise ValueError(
+                f"data.token_kinds={token_kinds} is for token files: give data.tokens=train.bin,val.bin too"
+            )
         text = read_text(corpus or TINY_SHAKESPEARE)
-        self.tokenizer = CharTokenizer(vocabulary or text)
-        vocabulary = self.tokenizer.vocabulary
+        self.tokenizer: CharTokenizer | TokenIds = CharTokenizer(vocabulary or text)
+        vocabulary = "".join(self.tokenizer.vocabulary)
         self.vocab_size = len(vocabulary)
         self.save_hyperparameters()  # plain values: they make the checkpoint's tokenizer and data settings
         smallest = torch.uint8 if self.vocab_size <= 2**8 else torch.int16 if self.vocab_size <= 2**15 else torch.int32
-        tokens = self.tokenizer.encode(text).to(smallest)
+        ids = self.tokenizer.encode(text).to(smallest)
         n, stop = int(start * len(text)), int(end * len(text))
-        self.train_tokens, self.val_tokens = tokens[:n], tokens[n:stop]
-        for name, part in ("training", self.train_tokens), ("validation", self.val_tokens):
-            if len(part) <= block_size:
-                raise ValueError(
-                    f"the {name} split has {len(part):,} of the text's {len(text):,} characters, too few for one "
-                    f"window of block_size={block_size} and the character after it: take a longer text or a "
-                    "smaller block_size"
-                )
-
+        self.train_tokens, self.val_tokens = ids[:n], ids[n:stop]
+        self.refuse_short(block_size, f"of the text's {len(text):,} characters")
         if renamed_copies:
             play = Renaming(text[:n])
             copies = "".join(play.copy(mix(seed, k)) for k in range(renamed_copies))
             self.train_tokens = torch.cat((self.train_tokens, self.tokenizer.encode(copies).to(smallest)))
+
+    def take_tokens(self, files: list[str], kinds: int | None, token_type: str) -> None:
+        if len(files) != 2 or not kinds:
+            raise ValueError(
+                f"data.tokens={','.join(files)} with data.token_kinds={kinds}: give two files, to train and to "
+                "validate on (train.bin,val.bin), and how many kinds of tokens they have (50257 for GPT-2's)"
+            )
+        self.tokenizer, self.vocab_size = TokenIds(kinds), kinds
+        self.train_tokens, self.val_tokens = (read_tokens(file, token_type, kinds) for file in files)
+
+    def refuse_short(self, block_size: int, of_what: str) -> None:
+        for name, part in ("training", self.train_tokens), ("validation", self.val_tokens):
+            if len(part) <= block_size:
+                raise ValueError(
+                    f"the {name} split has {len(part):,} {of_what}, too few for one window of block_size={block_size} "
+                    "and the one after it: take a longer text or a smaller block_size"
+                )
 
     def train_dataloader(self) -> RandomWindows:
         t, hp = self.trainer, self.hparams

@@ -12,7 +12,7 @@ from .model import GPTConfig
 CONFIGS = Path(__file__).parent / "configs"
 # what may differ from the checkpoint: in fit all but what the weights were shaped by, else only what changes no figure
 FIXED_IN_FIT = {field.name for field in dataclasses.fields(GPTConfig)} - {"dropout", "ngram_dropout"} | {"vocabulary"}
-FREE_IN_VALIDATE = {"corpus", "batch_size", "compile", "renamed_copies", "seed"}
+FREE_IN_VALIDATE = {"corpus", "tokens", "batch_size", "compile", "renamed_copies", "seed"}
 
 
 def refuse_nonsense(config) -> None:

@@ -38,3 +38,35 @@ class CharTokenizer:
 
     def decode(self, ids: Tensor) -> str:
         return "".join(self.vocabulary[i] for i in ids.flatten().tolist())
+
+
+class TokenIds:
+    """Ids written as numbers, "464 3290 ", for files of tokens whose tokenizer is elsewhere."""
+
+    vocabulary = ("0",)  # what to begin with where nothing else is said
+
+    def __init__(self, size: int):
+        self.size = size
+
+    def __len__(self) -> int:
+        return self.size
+
+    def unknown(self, text: str) -> str:
+        """The words of `text` that are no id, or all of it if it has none."""
+        words = text.split()
+        return " ".join(word for word in words if not (word.isdecimal() and int(word) < self.size)) if words else text
+
+    def encode(self, text: str) -> Tensor:
+        """Token ids (T,), int64.
+
+        Raises:
+            ValueError: a word is no id; all such words are named.
+        """
+        if (unknown := self.unknown(text)) or not text:
+            raise ValueError(
+                f"this model knows token ids from 0 to {self.size - 1}, written as numbers, and no {unknown[:40]!r}"
+            )
+        return torch.tensor([int(word) for word in text.split()])
+
+    def decode(self, ids: Tensor) -> str:
+        return "".join(f"{i} " for i in ids.flatten().tolist())

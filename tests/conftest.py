@@ -1,6 +1,7 @@
 import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -83,3 +84,12 @@ def fails(capsys):
         return said
 
     return fails
+
+
+@pytest.fixture(scope="session")
+def token_files(tmp_path_factory):
+    """train.bin,val.bin: 3,000 and 2,000 ids below 300, in nanoGPT's format."""
+    folder, dice = tmp_path_factory.mktemp("tokens"), np.random.default_rng(0)
+    for name, n in ("train", 3000), ("val", 2000):
+        dice.integers(300, size=n, dtype=np.uint16).tofile(folder / f"{name}.bin")
+    return f"{folder}/train.bin,{folder}/val.bin"

@@ -105,9 +105,11 @@ def test_without_a_path_the_newest_best_checkpoint_is_taken(run, tmp_path, monke
 
 
 @pytest.mark.parametrize("name", sorted(path.stem for path in CONFIGS.glob("*.yaml")))
-def test_every_config_takes_a_step(name, tmp_path, capsys):
+def test_every_config_takes_a_step(name, tmp_path, token_files, capsys):
     small = "--trainer.fast_dev_run=true --data.batch_size=2 --sample.length=5 --data.renamed_copies=0".split()
     small += "--trainer.accelerator=cpu --trainer.devices=1 --trainer.precision=32-true --model.compile=false".split()
+    if name == "gpt2":
+        small += [f"--data.tokens={token_files}", "--model.n_layer=1", "--trainer.accumulate_grad_batches=1"]
     main(["fit", f"--config={name}", *small, "--trainer.strategy=auto", f"--trainer.default_root_dir={tmp_path}"])
     assert not list(tmp_path.iterdir())
 
@@ -385,3 +387,15 @@ def test_a_checkpoint_describes_itself(ckpt, text_file):
     net, tokenizer = checkpoint.load(ckpt)
     assert tokenizer.vocabulary == "".join(sorted(set(text_file.read_text())))
     assert net.config.block_size == 16 and not net.training
+
+
+def test_a_run_on_token_files_is_one_like_any(tmp_path, token_files, capsys):
+    root, data = f"--trainer.default_root_dir={tmp_path}", ["--data.tokens", token_files, "--data.token_kinds", "300"]
+    main(["fit", *TINY, root, *data])
+    (best,) = tmp_path.rglob("best.ckpt")
+    main(["fit", f"--ckpt_path={best.with_name('last.ckpt')}", "--trainer.max_steps=7"])
+    capsys.readouterr()
+    main(["validate", f"--ckpt_path={best}"])
+    assert "val/loss" in capsys.readouterr().out
+    main(["generate", f"--ckpt_path={best}", "--prompt", "5 6", "--max_new_tokens", "4"])
+    assert len(capsys.readouterr().out.split()) == 6

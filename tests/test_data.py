@@ -3,11 +3,13 @@
 import hashlib
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 from lightning_gpt.data import TINY_SHAKESPEARE, EveryWindow, RandomWindows, TinyShakespeare
 from lightning_gpt.renaming import Renaming
+from lightning_gpt.tokenizer import TokenIds
 
 LINE = torch.arange(1000)  # token t stands at place t, so a window says where it is from
 
@@ -140,3 +142,47 @@ def test_a_checkpoints_vocabulary_serves_a_text_with_fewer_characters_and_line_e
     (tmp_path / "text").write_bytes(b"b\r\na" * 50)
     data = TinyShakespeare(str(tmp_path / "text"), block_size=8, vocabulary="\n\rabcd")
     assert data.vocab_size == 6 and data.train_tokens[:4].tolist() == [3, 1, 0, 2]
+
+
+# --- token files ------------------------------------------------------------------------------------------------------
+
+
+def test_token_files_are_served_as_they_are_and_mapped(token_files):
+    train, val = (np.fromfile(path, dtype=np.uint16).astype(np.int64) for path in token_files.split(","))
+    data = TinyShakespeare(block_size=8, batch_size=4, tokens=token_files, token_kinds=300)
+    served = torch.cat([window.long()[:, 1:].flatten() for window in EveryWindow(data.val_tokens, 8, 4)])
+    np.testing.assert_array_equal(served, val[1:])
+    windows = RandomWindows(data.train_tokens, 8, 4, seed=1).batch(7).long().numpy()
+    everywhere = np.lib.stride_tricks.sliding_window_view(train, 9)
+    assert all((everywhere == window).all(1).any() for window in windows)
+
+
+@pytest.mark.parametrize(
+    "content, settings, message",
+    [
+        (b"\1\0\2", {}, "has 3 bytes, which are no uint16 numbers"),
+        (b"", {}, "has 0 bytes"),
+        (b"\1\0" * 50 + b"\54\1", {}, "has the id 300 near token 0, beyond the 300 kinds"),
+        (b"\1\0" * 8, {}, "has 8 tokens, too few"),
+        (b"\1\0\1\0" * 50, {"token_type": "uint32"}, "has the id 65537"),
+        (b"\1\0" * 50, {"token_kinds": None}, "how many kinds of tokens"),
+    ],
+)
+def test_bad_token_files(tmp_path, token_files, content, settings, message):
+    (tmp_path / "x.bin").write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        both = f"{tmp_path}/x.bin,{token_files.split(',')[1]}"
+        TinyShakespeare(block_size=8, **{"tokens": both, "token_kinds": 300} | settings)
+
+
+def test_a_vocabulary_size_without_token_files_is_refused():
+    with pytest.raises(ValueError, match="is for token files"):
+        TinyShakespeare(block_size=8, token_kinds=300)
+
+
+def test_ids_are_written_as_numbers():
+    tokenizer = TokenIds(300)
+    assert tokenizer.decode(tokenizer.encode("7 299 0")).split() == ["7", "299", "0"]
+    for text in "300", "-1", "a 1", "", "\n":
+        with pytest.raises(ValueError, match="token ids from 0 to 299"):
+            tokenizer.encode(text)
