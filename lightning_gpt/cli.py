@@ -10,7 +10,6 @@ import signal
 import sys
 import threading
 import warnings
-from itertools import chain, count
 from pathlib import Path
 from typing import NoReturn
 
@@ -18,13 +17,14 @@ import lightning as L
 import torch
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from . import callbacks, checkpoint
 from .data import TinyShakespeare, mix
+from .distributed import several_devices
 from .generation import stream
-from .saving import SafeIO, Save, StopOnSignal, Stopped
+from .saving import SafeIO, Save, SaveConfig, StopOnSignal, Stopped
 from .settings import (
     goes_on_in_its_folder,
     named_configs,
@@ -93,33 +93,6 @@ def generate(
         for token in stream(net, idx, max_new_tokens, temperature=temperature, top_k=top_k, generator=dice):
             print(tokenizer.decode(token), end="", flush=True)
     print()
-
-
-class SaveConfig(SaveConfigCallback):
-    """Puts the run's settings into config.yaml of its folder and, as text, into every checkpoint.
-
-    A run that goes on in its folder leaves that file alone and writes config_from_step_N.yaml.
-    """
-
-    def __init__(self, parser, config, folder: Path):
-        super().__init__(parser, config)
-        self.folder = folder
-
-    def text(self) -> str:
-        return self.parser.dump(self.config, skip_none=False, format="yaml")
-
-    def setup(self, trainer: L.Trainer, lm: L.LightningModule, stage: str) -> None: ...
-
-    def on_train_start(self, trainer: L.Trainer, lm: L.LightningModule) -> None:
-        if trainer.is_global_zero:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            from_step = f"config_from_step_{trainer.global_step}"
-            names = chain(["config", from_step], (f"{from_step}_{n}" for n in count(2)))
-            files = (self.folder / f"{name}.yaml" for name in names)
-            next(file for file in files if not file.exists()).write_text(self.text())
-
-    def on_save_checkpoint(self, trainer: L.Trainer, lm: L.LightningModule, saved: dict) -> None:
-        saved["config"] = self.text()
 
 
 class Parser(LightningArgumentParser):
@@ -277,15 +250,6 @@ class CLI(LightningCLI):
             if not isinstance(error, Stopped) and hasattr(launcher, "kill"):
                 launcher.kill(signal.SIGKILL)  # the other ranks would wait for this one
             raise
-
-
-def several_devices(trainer) -> bool:
-    """Whether these settings of the Trainer mean more than one device on this machine, or machines."""
-    if trainer.num_nodes > 1 or isinstance(trainer.devices, list) and len(trainer.devices) > 1:
-        return True
-    gpus = torch.cuda.device_count() if trainer.accelerator in ("auto", "gpu", "cuda") else 0
-    devices = gpus if str(trainer.devices) in ("auto", "-1") else trainer.devices
-    return str(devices).isdecimal() and int(devices) > 1 or "," in str(devices).rstrip(",")
 
 
 def program() -> str:

@@ -16,6 +16,15 @@ from . import checkpoint
 from .model import GPT
 
 
+def several_devices(trainer) -> bool:
+    """Whether these settings of the Trainer mean more than one device on this machine, or machines."""
+    if trainer.num_nodes > 1 or isinstance(trainer.devices, list) and len(trainer.devices) > 1:
+        return True
+    gpus = torch.cuda.device_count() if trainer.accelerator in ("auto", "gpu", "cuda") else 0
+    devices = gpus if str(trainer.devices) in ("auto", "-1") else trainer.devices
+    return str(devices).isdecimal() and int(devices) > 1 or "," in str(devices).rstrip(",")
+
+
 class Replicas(DDPStrategy):
     """Data parallel in one message a step: gradients are averaged at once, when all are there.
 

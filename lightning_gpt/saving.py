@@ -1,4 +1,4 @@
-"""What a run leaves behind, whatever happens: best.ckpt, last.ckpt, and a way to stop at a signal."""
+"""What a run leaves behind, whatever happens: its config, best.ckpt, last.ckpt, and a way to stop at a signal."""
 
 import math
 import os
@@ -8,12 +8,14 @@ import threading
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from itertools import chain, count
 from pathlib import Path
 from typing import Any, cast
 
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.plugins.io import CheckpointIO
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
@@ -148,6 +150,33 @@ class Save(Checkpoint):
         if isinstance(exception, Diverged) and self.saved_step >= 0:
             path = os.path.relpath(self.last)
             exception.add_note(f"The last good checkpoint is {path}, of step {self.saved_step:,}")
+
+
+class SaveConfig(SaveConfigCallback):
+    """Puts the run's settings into config.yaml of its folder and, as text, into every checkpoint.
+
+    A run that goes on in its folder leaves that file alone and writes config_from_step_N.yaml.
+    """
+
+    def __init__(self, parser, config, folder: Path):
+        super().__init__(parser, config)
+        self.folder = folder
+
+    def text(self) -> str:
+        return self.parser.dump(self.config, skip_none=False, format="yaml")
+
+    def setup(self, trainer: L.Trainer, lm: L.LightningModule, stage: str) -> None: ...
+
+    def on_train_start(self, trainer: L.Trainer, lm: L.LightningModule) -> None:
+        if trainer.is_global_zero:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            from_step = f"config_from_step_{trainer.global_step}"
+            names = chain(["config", from_step], (f"{from_step}_{n}" for n in count(2)))
+            files = (self.folder / f"{name}.yaml" for name in names)
+            next(file for file in files if not file.exists()).write_text(self.text())
+
+    def on_save_checkpoint(self, trainer: L.Trainer, lm: L.LightningModule, saved: dict) -> None:
+        saved["config"] = self.text()
 
 
 class Stopped(Exception):
