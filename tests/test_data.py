@@ -116,6 +116,12 @@ def on_rank(rank, world_size):
     return data
 
 
+@pytest.mark.parametrize("n", [33, 40, 49, 50, 81])
+def test_every_rank_validates_in_as_many_batches(n):  # a sharded net takes all ranks for each of them
+    tokens = torch.arange(n)
+    assert len({len(EveryWindow(tokens, 8, 2, rank, 3)) for rank in range(3)}) == 1
+
+
 def test_the_loaders_give_each_rank_its_own_share():
     whole = next(iter(on_rank(0, 1).train_dataloader()))
     parts = [next(iter(on_rank(rank, 3).train_dataloader())) for rank in range(3)]
