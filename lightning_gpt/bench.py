@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from .capture import CapturedStep
-from .cli import CLI, run
+from .cli import CLI, train
 from .data import RandomWindows, TinyShakespeare
+from .main import run
 from .model import GPT
 from .optim import Muon
 from .training import LanguageModel, loss_of_features
@@ -184,4 +185,4 @@ class Bench(CLI):
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:  # logs are a part of the step, and nobody wants to keep them
-        run(Bench, ["fit", *sys.argv[1:], f"--trainer.default_root_dir={folder}"])
+        run(lambda args: train(args, Bench), ["fit", *sys.argv[1:], f"--trainer.default_root_dir={folder}"])

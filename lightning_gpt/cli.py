@@ -1,17 +1,13 @@
-"""lightning-gpt fit | validate | test | generate: LightningCLI, and what a checkpoint brings along."""
+"""lightning-gpt fit | validate | test: LightningCLI, and what a checkpoint brings along."""
 
-import ctypes
-import errno
 import logging
 import math
 import os
-import shutil
 import signal
 import sys
 import threading
 import warnings
 from pathlib import Path
-from typing import NoReturn
 
 import lightning as L
 import torch
@@ -20,10 +16,10 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from . import callbacks, checkpoint
-from .data import TinyShakespeare, mix
+from . import callbacks, checkpoint, main
+from .data import TinyShakespeare
 from .distributed import several_devices
-from .generation import stream
+from .main import program
 from .saving import SafeIO, Save, SaveConfig, StopOnSignal, Stopped
 from .settings import (
     goes_on_in_its_folder,
@@ -33,6 +29,7 @@ from .settings import (
     refuse_nonsense,
     settings_of_run,
 )
+from .speak import generate
 from .training import Diverged, LanguageModel
 
 TRAINER_DEFAULTS = {
@@ -48,63 +45,14 @@ TRAINER_DEFAULTS = {
 }
 
 
-def generate(
-    ckpt_path: str = "best",
-    prompt: str | None = None,
-    max_new_tokens: int = 500,
-    temperature: float = 0.8,
-    top_k: int | None = None,
-    num_samples: int = 1,
-    seed: int = 1337,
-    device: str = "auto",
-) -> None:
-    """Write text from a checkpoint, character by character as it comes.
-
-    Args:
-        ckpt_path: checkpoint to sample from; best or last is the newest file of that name below checkpoints/.
-        prompt: the text to go on from; null is a new line, or the first character of a vocabulary without one.
-        max_new_tokens: characters to write.
-        temperature: below 1 safer, above 1 wilder; 0 takes the likeliest character.
-        top_k: draw among the k likeliest characters only; null draws from all.
-        num_samples: texts to write, each with dice of its own.
-        seed: another seed gives another text, the same one the same text.
-        device: auto, cpu, cuda, cuda:1, mps ...; auto takes the accelerator if there is one.
-    """
-    for name, value in {"max_new_tokens": max_new_tokens, "num_samples": num_samples}.items():
-        if value < 1:
-            raise ValueError(f"{name}={value} must be 1 or more")
-    if prompt == "":
-        raise ValueError("the prompt is empty: give at least one character, such as a new line")
-    if device == "auto":
-        device = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
-    try:
-        dice = torch.Generator(device)
-    except RuntimeError as error:
-        raise ValueError(f"device={device} can't be used here: {str(error).splitlines()[0][:100]}") from None
-    net, tokenizer = checkpoint.load(checkpoint.find(ckpt_path), device)
-    if prompt is None:
-        prompt = tokenizer.vocabulary[0] if tokenizer.unknown("\n") else "\n"
-    idx = torch.as_tensor(tokenizer.encode(prompt), device=device)[None]
-    for i in range(num_samples):
-        if i:
-            print("\n" + "-" * 40)
-        print(tokenizer.decode(idx), end="", flush=True)
-        dice.manual_seed(mix(seed, i))
-        for token in stream(net, idx, max_new_tokens, temperature=temperature, top_k=top_k, generator=dice):
-            print(tokenizer.decode(token), end="", flush=True)
-    print()
-
-
 class Parser(LightningArgumentParser):
     """Says what is wrong in one line; --help has the rest."""
 
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        print(f"lightning-gpt: error: {' '.join(message.split())}", file=sys.stderr)
-        sys.exit(2)
+    error = main.Parser.error
 
 
 class CLI(LightningCLI):
-    """LightningCLI with a name for the run, a checkpoint's own settings, and `generate`."""
+    """LightningCLI with a name for the run and a checkpoint's own settings."""
 
     run_folder: Path | None = None  # of the run that goes on in it
     start_step = 0
@@ -126,14 +74,6 @@ class CLI(LightningCLI):
         parser.link_arguments("data.vocab_size", "model.vocab_size", apply_on="instantiate")
         parser.link_arguments("seed_everything", "model.seed", compute_fn=int)
         parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
-
-    def _add_subcommands(self, parser, **kwargs) -> None:
-        super()._add_subcommands(parser, **kwargs)
-        description = "Write text from a checkpoint."
-        sub = self.init_parser(description=description)
-        self._generate_args = sub.add_function_arguments(generate)
-        self._subcommand_parsers["generate"] = sub
-        parser._subcommands_action.add_subcommand("generate", sub, help=description)
 
     def parse_arguments(self, parser, args) -> None:
         self.config = parser.parse_args(args)
@@ -163,16 +103,8 @@ class CLI(LightningCLI):
                 "to do: give a larger number"
             )
 
-    def _set_seed(self) -> None:
-        if self.config.subcommand != "generate":
-            super()._set_seed()
-
     def _parse_ckpt_path(self) -> None:
         """Done in parse_arguments; LightningCLI would put the checkpoint's settings over the flags, in silence."""
-
-    def instantiate_classes(self) -> None:
-        if self.config.subcommand != "generate":
-            super().instantiate_classes()
 
     def instantiate_trainer(self, **kwargs) -> L.Trainer:
         fit, config = self.config.subcommand == "fit", self.config[self.config.subcommand]
@@ -240,9 +172,6 @@ class CLI(LightningCLI):
         print(f"\nNext:\n  {me} generate{prompt}\n  {me} validate --ckpt_path {path}")
 
     def _run_subcommand(self, subcommand: str) -> None:
-        if subcommand == "generate":
-            generate(**{key: self.config.generate[key] for key in self._generate_args})
-            return
         try:
             super()._run_subcommand(subcommand)
         except Exception as error:
@@ -250,13 +179,6 @@ class CLI(LightningCLI):
             if not isinstance(error, Stopped) and hasattr(launcher, "kill"):
                 launcher.kill(signal.SIGKILL)  # the other ranks would wait for this one
             raise
-
-
-def program() -> str:
-    """How this program is called here, for commands to copy."""
-    if sys.argv[0].endswith("__main__.py"):
-        return "python -m lightning_gpt"
-    return "lightning-gpt" if shutil.which("lightning-gpt") else os.path.relpath(sys.argv[0])
 
 
 def be_quiet() -> None:
@@ -273,23 +195,9 @@ def be_quiet() -> None:
         warnings.filterwarnings("ignore", message)
 
 
-def keep_freed_memory() -> None:
-    """Let glibc keep large blocks that torch frees, and not fetch fresh pages: a CPU step is a fifth shorter."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap's free top stays
-        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: up to here blocks come from the heap
-
-
-def main(args: list[str] | None = None) -> None:
-    """Run a command line, sys.argv's if none is given."""
-    run(CLI, list(sys.argv[1:] if args is None else args))
-
-
-def run(cli: type[CLI], args: list[str]) -> None:
-    """Parse and do what `args` say; bad input ends with one sentence on stderr and exit code 2."""
+def train(args: list[str], cli: type[CLI] = CLI) -> None:
+    """Do what the command line `args` says: fit, validate or test."""
     be_quiet()
-    keep_freed_memory()
     if torch.cuda.is_available():
         torch.set_float32_matmul_precision("high")  # TF32 in float32 products: far faster, and enough for training
     try:
@@ -301,7 +209,7 @@ def run(cli: type[CLI], args: list[str]) -> None:
             seed_everything_default=1337,
             parser_kwargs={
                 "prog": "lightning-gpt",
-                "description": "Train, validate and sample a GPT on Tiny Shakespeare or a text of yours.",
+                "description": "Train and validate a GPT on Tiny Shakespeare or a text of yours.",
                 "fit": {
                     "description": "Train a model; without --config, the laptop's. --ckpt_path goes on from there."
                 },
@@ -313,26 +221,11 @@ def run(cli: type[CLI], args: list[str]) -> None:
             load_from_checkpoint_support=False,
             args=named_configs(args),
         )
-    except BrokenPipeError:  # the reader of our output has gone, as `head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(141)
-    except KeyboardInterrupt:
-        print()
-        sys.exit(130)
-    except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
-            raise
-        reason = str(error).split("\n")[0][:200]
-        print(f"lightning-gpt: error: out of memory: take a smaller batch or model. {reason}", file=sys.stderr)
-        sys.exit(1)
     except Stopped as stop:
         print(f"lightning-gpt: {stop}. Go on with\n  {program()} fit --ckpt_path {stop.path}", file=sys.stderr)
         sys.exit(128 + stop.signum)
     except Diverged as error:
         print("lightning-gpt: error: " + ". ".join([str(error), *getattr(error, "__notes__", [])]), file=sys.stderr)
         sys.exit(1)
-    except (ValueError, OSError, MisconfigurationException) as error:
-        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        hint = ". What was saved before is untouched; make room, then go on with --ckpt_path last" if full else ""
-        print(f"lightning-gpt: error: {error}{hint}", file=sys.stderr)
-        sys.exit(1 if full else 2)
+    except MisconfigurationException as error:
+        raise ValueError(str(error)) from None

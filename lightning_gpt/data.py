@@ -1,6 +1,5 @@
 """Tiny Shakespeare as windows of tokens. Knows nothing of the model."""
 
-import hashlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
@@ -11,14 +10,10 @@ import torch
 from torch import Tensor
 
 from .renaming import Renaming
+from .seeds import mix
 from .tokenizer import CharTokenizer, TokenIds
 
 TINY_SHAKESPEARE = Path(__file__).parent / "corpus" / "tiny_shakespeare.txt"
-
-
-def mix(*parts: int) -> int:
-    """One 64-bit seed from several numbers; a hash and no sum, for (1, 2) and (2, 1) must differ."""
-    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest())
 
 
 def read_text(path: str | Path) -> str:

@@ -13,10 +13,10 @@ from torch.nn import functional as F
 from torchmetrics import MeanMetric, Metric, MetricCollection
 
 from .capture import CapturedStep
-from .data import mix
 from .distributed import Replicas, Shards, shard, whole
 from .model import GPT, GPTConfig
 from .optim import Muon, adamw_groups, lr_factor, muon_groups
+from .seeds import mix
 
 
 def next_token_loss(net: GPT, x: Tensor, y: Tensor) -> Tensor:

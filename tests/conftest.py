@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_gpt.cli import main
+from lightning_gpt.main import main
 from lightning_gpt.model import GPT, GPTConfig
 
 V, T = 17, 12  # vocabulary and block size: small, and no two sizes alike

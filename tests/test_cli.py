@@ -18,7 +18,7 @@ from conftest import TINY
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_gpt import checkpoint
-from lightning_gpt.cli import main
+from lightning_gpt.main import main
 from lightning_gpt.optim import lr_factor
 from lightning_gpt.settings import CONFIGS
 

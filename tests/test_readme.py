@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import TINY
 
-from lightning_gpt.cli import main
+from lightning_gpt.main import main
 
 README = Path(__file__).parents[1] / "README.md"
 COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README.read_text(), re.S) for line in block.splitlines()]

@@ -17,7 +17,8 @@ from conftest import TINY, T, V
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_gpt import checkpoint, cli
-from lightning_gpt.cli import main
+from lightning_gpt import main as main_module
+from lightning_gpt.main import main
 from lightning_gpt.model import GPT, GPTConfig
 from lightning_gpt.saving import SafeIO, Save
 from lightning_gpt.settings import goes_on_in_its_folder
@@ -367,7 +368,7 @@ def test_every_end_has_its_exit_code(error, code, message, capfd):
 
     with pytest.raises(SystemExit) as stop, pytest.MonkeyPatch.context() as patch, open(os.devnull, "w") as nowhere:
         patch.setattr(sys, "stdout", nowhere)
-        cli.run(fails, [])
+        main_module.run(lambda args: cli.train(args, fails), [])
     assert stop.value.code == code and message in capfd.readouterr().err
 
 

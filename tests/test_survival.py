@@ -23,9 +23,9 @@ from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_gpt import checkpoint
-from lightning_gpt.cli import main
 from lightning_gpt.data import TinyShakespeare
 from lightning_gpt.generation import generate
+from lightning_gpt.main import main
 from lightning_gpt.saving import SafeIO
 
 # a process that has imported everything and forks for each command line: a run in half a second
@@ -33,7 +33,7 @@ NURSERY = """
 import json, os, resource, sys, traceback
 import torch
 torch.set_num_threads(1)
-from lightning_gpt.cli import main
+from lightning_gpt.main import main
 for line in sys.stdin:
     args, folder, log, limit = json.loads(line)
     pid = os.fork()

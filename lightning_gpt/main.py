@@ -1,0 +1,94 @@
+"""The command lightning-gpt: finds what was asked for, and makes one sentence of what goes wrong."""
+
+import ctypes
+import errno
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from typing import NoReturn
+
+import jsonargparse
+import torch
+
+# what needs no Trainer: a module and a function of it. Lightning takes seconds to import, and these are to be quick
+COMMANDS = {"generate": "speak"}
+TRAINING = "fit", "validate", "test"
+HELP = """lightning-gpt COMMAND [options]; each COMMAND has its own --help.
+
+  fit        train a model, or go on training one
+  validate   the loss of a checkpoint over its whole validation split
+  test       the same figures as validate, under test/
+  generate   write text from a checkpoint"""
+
+
+class Parser(jsonargparse.ArgumentParser):
+    """Says what is wrong in one line; --help has the rest."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        print(f"lightning-gpt: error: {' '.join(message.split())}", file=sys.stderr)
+        sys.exit(2)
+
+
+def do(args: list[str]) -> None:
+    """Do what the command line `args` says."""
+    if args in ([], ["-h"], ["--help"]):
+        print(HELP)
+    elif args[0] in COMMANDS:
+        function = getattr(import_module(f".{COMMANDS[args[0]]}", __package__), args[0])
+        parser = Parser(prog=f"lightning-gpt {args[0]}", description=function.__doc__.split("\n")[0])
+        parser.add_argument("--config", action="config", help="A YAML file with any of these options.")
+        parser.add_function_arguments(function)
+        options = parser.parse_args(args[1:])
+        function(**{key: value for key, value in options.items() if key != "config"})
+    elif args[0] not in TRAINING and not args[0].startswith("-"):
+        raise ValueError(f"there is no command {args[0]!r}: take {', '.join(TRAINING)} or {', '.join(COMMANDS)}")
+    else:
+        from .cli import train
+
+        train(args)
+
+
+def program() -> str:
+    """How this program is called here, for commands to copy."""
+    if sys.argv[0].endswith("__main__.py"):
+        return "python -m lightning_gpt"
+    return "lightning-gpt" if shutil.which("lightning-gpt") else os.path.relpath(sys.argv[0])
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep large blocks that torch frees, and not fetch fresh pages: a CPU step is a fifth shorter."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD: the heap's free top stays
+        mallopt(-3, 2**30)  # M_MMAP_THRESHOLD: up to here blocks come from the heap
+
+
+def main(args: list[str] | None = None) -> None:
+    """Run a command line, sys.argv's if none is given."""
+    run(do, list(sys.argv[1:] if args is None else args))
+
+
+def run(what: Callable[[list[str]], None], args: list[str]) -> None:
+    """Do `what` with `args`; bad input ends with one sentence on stderr and exit code 2."""
+    keep_freed_memory()
+    try:
+        what(args)
+    except BrokenPipeError:  # the reader of our output has gone, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    except KeyboardInterrupt:
+        print()
+        sys.exit(130)
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
+        reason = str(error).split("\n")[0][:200]
+        print(f"lightning-gpt: error: out of memory: take a smaller batch or model. {reason}", file=sys.stderr)
+        sys.exit(1)
+    except (ValueError, OSError) as error:
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        hint = ". What was saved before is untouched; make room, then go on with --ckpt_path last" if full else ""
+        print(f"lightning-gpt: error: {error}{hint}", file=sys.stderr)
+        sys.exit(1 if full else 2)
