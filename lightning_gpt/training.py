@@ -130,6 +130,7 @@ class LanguageModel(L.LightningModule):
         self.head_loss, self.compiles = loss_of_features, False
         self.captured: CapturedStep | None = None
         self.grad_norm: Tensor | None = None
+        self.step_loss: Tensor = torch.zeros(())
         metrics: dict[str, Metric | MetricCollection] = {
             "loss": MeanMetric(),
             "bpc": BitsPerCharacter(),
@@ -241,8 +242,10 @@ class LanguageModel(L.LightningModule):
     def on_train_batch_end(self, outputs, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         if (self.device.type == "cpu" and self.trainer.world_size == 1) or self.logs_after(batch_idx):
             self.stop_if_diverged(look_at_weights=False)
+        first = batch_idx % self.trainer.accumulate_grad_batches == 0
+        self.step_loss = outputs["loss"] if first else self.step_loss + outputs["loss"]  # each is divided already
         if self.logs_after(batch_idx):
-            loss = outputs["loss"].clone()  # a replayed step writes to the same place
+            loss = self.step_loss.clone()  # a replayed step writes to the same place
             self.log("train/loss", loss, sync_dist=self.trainer.world_size > 1)
             self.log("train/lr", float(self.trainer.optimizers[0].param_groups[0]["lr"]))
             self.log("train/grad_norm", self.grad_norm.clone())

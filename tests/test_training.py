@@ -70,6 +70,18 @@ def test_resumed_run_is_bitwise_the_unbroken_run(tmp_path, accumulate, model):
     assert all(torch.equal(resumed[name], unbroken[name]) for name in unbroken)
 
 
+def test_the_logged_loss_is_that_of_all_batches_of_the_step(tmp_path):
+    losses = []
+
+    class Watch(L.Callback):
+        def on_train_batch_start(self, trainer, lm, batch, batch_idx):
+            losses.append(next_token_loss(lm.net, *batch).item())
+
+    how = dict(accumulate_grad_batches=3, log_every_n_steps=1, model=dict(dropout=0.0))
+    *_, trainer = fit(tmp_path, 2, callbacks=[Watch()], **how)
+    assert trainer.callback_metrics["train/loss"].item() == pytest.approx(sum(losses[3:]) / 3, rel=1e-6)
+
+
 def test_a_resumed_run_takes_its_rates_from_todays_settings(tmp_path):
     fit(tmp_path, 20, save_at=10)
     *_, trainer = fit(tmp_path, 11, ckpt_path=tmp_path / "step=10.ckpt", model={"learning_rate": 5e-3})
