@@ -6,6 +6,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch import distributed as dist
+from torch.nn import functional as F
 from torch.optim.adamw import adamw
 
 
@@ -58,6 +60,17 @@ def orthogonalise(x: Tensor) -> Tensor:
     return x if wide else x.mT
 
 
+def orthogonalise_together(x: Tensor) -> Tensor:
+    """`orthogonalise` of x (N, rows, columns), the same on all ranks, where each rank takes N / world_size matrices."""
+    ranks, rank = dist.get_world_size(), dist.get_rank()
+    each = -(-len(x) // ranks)
+    mine = x[rank * each : (rank + 1) * each]
+    mine = orthogonalise(F.pad(mine, (0, 0, 0, 0, 0, each - len(mine)))).contiguous()  # zeros stay zeros
+    new = mine.new_empty(ranks * each, *x.shape[1:])
+    dist.all_gather_into_tensor(new, mine)
+    return new[: len(x)]
+
+
 class Muon(torch.optim.Optimizer):
     """Muon for the groups with `muon: True`, AdamW for the others; torch.optim.Muon's update, but in batches.
 
@@ -67,11 +80,13 @@ class Muon(torch.optim.Optimizer):
     Args:
         groups: as `muon_groups` makes them.
         momentum: share of the old momentum that stays, with Nesterov's look ahead.
+        shared: the processes of torch.distributed, whose gradients are the same, orthogonalise a part each.
     """
 
-    def __init__(self, groups: list[dict], momentum: float = 0.95):
+    def __init__(self, groups: list[dict], momentum: float = 0.95, shared: bool = False):
         # fused makes load_state_dict put AdamW's step counters where the weights are: the kernel reads them there
         super().__init__(groups, {"momentum": momentum, "eps": 1e-8, "fused": True})
+        self.orthogonalise = orthogonalise_together if shared else orthogonalise
 
     @torch.no_grad()
     def step(self, closure: Callable | None = None):
@@ -96,7 +111,8 @@ class Muon(torch.optim.Optimizer):
         for (rows, columns), places in same_shape.items():
             matrices = torch.stack([updates[i] for i in places]).view(-1, rows // group["pieces"], columns)
             scale = math.sqrt(max(1, matrices.size(-2) / columns))  # torch's adjust_lr_fn="original"
-            new = (orthogonalise(matrices).float() * (-lr * scale)).reshape(-1, rows, columns)
+            new = self.orthogonalise(matrices)
+            new = (new.to(torch.promote_types(new.dtype, torch.float32)) * (-lr * scale)).reshape(-1, rows, columns)
             for i, update in zip(places, new.unbind(), strict=True):
                 updates[i] = update.to(params[i].dtype)
         torch._foreach_mul_(params, 1 - lr * group["weight_decay"])

@@ -295,7 +295,7 @@ class LanguageModel(L.LightningModule):
         if self.hparams.optimizer == "muon":
             if isinstance(self.trainer.strategy, Shards):
                 raise ValueError("model.optimizer=muon takes whole matrices, and this strategy shards them: take adamw")
-            return Muon(self.parameter_groups())
+            return Muon(self.parameter_groups(), shared=isinstance(self.trainer.strategy, Replicas))
         # one kernel for all parameters; 16-mixed must see the gradients unscaled before they are clipped
         fused = self.device.type == "cuda" and self.trainer.precision != "16-mixed"
         return torch.optim.AdamW(self.parameter_groups(), fused=fused, capturable=fused)
