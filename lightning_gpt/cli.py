@@ -15,11 +15,12 @@ import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
+from torch import distributed as dist
 
 from . import callbacks, checkpoint, main
 from .data import TinyShakespeare
-from .distributed import several_devices
-from .main import program
+from .distributed import Lost, lost_another, several_devices
+from .main import complain, program
 from .saving import SafeIO, Save, SaveConfig, StopOnSignal, Stopped
 from .settings import (
     goes_on_in_its_folder,
@@ -127,8 +128,14 @@ class CLI(LightningCLI):
                 watchers += [self.saver, StopOnSignal(self.saver)]
         else:
             kwargs["plugins"] = [SafeIO(), *(self.config_init[self.config.subcommand].trainer.plugins or [])]
-        if given.strategy == "auto" and several_devices(given):
-            kwargs["strategy"] = "replicas"
+        if several_devices(given):
+            if torch.cuda.is_available() and given.accelerator != "cpu" and not dist.is_nccl_available():
+                raise ValueError(
+                    "several GPUs talk through NCCL, and this build of torch has none: install one that has, as PyPI's "
+                    "for Linux, or give --trainer.devices 1"
+                )
+            if given.strategy == "auto":
+                kwargs["strategy"] = "replicas"
         kwargs["callbacks"] = watchers + list(self.config_init[self.config.subcommand].trainer.callbacks or [])
         try:
             return super().instantiate_trainer(**kwargs)
@@ -140,6 +147,7 @@ class CLI(LightningCLI):
             ) from None
 
     def before_fit(self) -> None:
+        self.datamodule.refuse_unequal_shares(self.trainer.world_size)  # here, before Lightning starts the others
         if self.trainer.is_global_zero:
             data, t = self.datamodule, self.trainer
             size = sum(p.numel() for p in self.model.net.parameters())
@@ -155,7 +163,7 @@ class CLI(LightningCLI):
             return
         if self.io.failed:
             files = " and ".join(map(os.path.relpath, self.io.failed))
-            print(f"lightning-gpt: error: the training is done, but its last state is not in {files}", file=sys.stderr)
+            complain(f"the training is done, but its last state is not in {files}")
             sys.exit(1)
         if not math.isfinite(self.saver.best_loss):
             print(f"\nnothing was validated; the newest state is {os.path.relpath(self.saver.last)}")
@@ -178,6 +186,8 @@ class CLI(LightningCLI):
             launcher = self.trainer.strategy.launcher
             if not isinstance(error, Stopped) and hasattr(launcher, "kill"):
                 launcher.kill(signal.SIGKILL)  # the other ranks would wait for this one
+            if self.trainer.world_size > 1 and lost_another(error):
+                raise Lost from None
             raise
 
 
@@ -187,6 +197,8 @@ def be_quiet() -> None:
     for name in "lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero":
         logging.getLogger(name).setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)
+    # this one says that a process has died, before it kills the others
+    logging.getLogger("lightning.fabric.strategies.launchers.subprocess_script").setLevel(logging.INFO)
     for message in (
         ".*LeafSpec.*",
         ".*callbacks used to create the checkpoint need to be provided.*",  # validate saves nothing
@@ -224,8 +236,19 @@ def train(args: list[str], cli: type[CLI] = CLI) -> None:
     except Stopped as stop:
         print(f"lightning-gpt: {stop}. Go on with\n  {program()} fit --ckpt_path {stop.path}", file=sys.stderr)
         sys.exit(128 + stop.signum)
+    except Lost:
+        complain(
+            "another process of this run has ended; see what it said. What was saved is whole: go on with\n"
+            f"  {program()} fit --ckpt_path last"
+        )
+        sys.exit(1)
+    except dist.DistNetworkError as error:
+        at = f"{os.environ.get('MASTER_ADDR', 'this machine')}, port {os.environ.get('MASTER_PORT', 'unknown')}"
+        what = "is taken by another program" if "EADDRINUSE" in str(error) else "can't be reached"
+        remedy = "set MASTER_PORT (torchrun: --master_port) to a free one, the same on every machine"
+        raise ValueError(f"the place for the processes to meet, {at}, {what}: {remedy}") from None
     except Diverged as error:
-        print("lightning-gpt: error: " + ". ".join([str(error), *getattr(error, "__notes__", [])]), file=sys.stderr)
+        complain(". ".join([str(error), *getattr(error, "__notes__", [])]))
         sys.exit(1)
     except MisconfigurationException as error:
         raise ValueError(str(error)) from None

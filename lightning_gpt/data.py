@@ -197,14 +197,18 @@ class TinyShakespeare(L.LightningDataModule):
                     "and the one after it: take a longer text or a smaller block_size"
                 )
 
+    def refuse_unequal_shares(self, devices: int) -> None:
+        batch_size = self.hparams.batch_size
+        if batch_size % devices:
+            low = batch_size // devices * devices
+            nearest = f"{low} or {low + devices}" if low else f"{devices}"
+            raise ValueError(
+                f"data.batch_size={batch_size} can't be shared equally by {devices} devices: take {nearest}"
+            )
+
     def train_dataloader(self) -> RandomWindows:
         t, hp = self.trainer, self.hparams
-        if hp.batch_size % t.world_size:
-            low = hp.batch_size // t.world_size * t.world_size
-            nearest = f"{low} or {low + t.world_size}" if low else f"{t.world_size}"
-            raise ValueError(
-                f"data.batch_size={hp.batch_size} can't be shared equally by {t.world_size} devices: take {nearest}"
-            )
+        self.refuse_unequal_shares(t.world_size)
         start = t.fit_loop.total_batch_idx + 1  # batches seen; the Trainer has already restored that
         return RandomWindows(
             self.train_tokens, hp.block_size, hp.batch_size, hp.seed, start, t.global_rank, t.world_size

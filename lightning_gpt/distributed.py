@@ -1,5 +1,10 @@
 """Several devices as one: each takes its share of a batch, and holds the whole net or a part of it."""
 
+import ctypes
+import os
+import platform
+import signal
+import sys
 from typing import Any
 
 import lightning as L
@@ -12,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
-from . import checkpoint
+from . import __version__, checkpoint
 from .model import GPT
 
 
@@ -25,12 +30,47 @@ def several_devices(trainer) -> bool:
     return str(devices).isdecimal() and int(devices) > 1 or "," in str(devices).rstrip(",")
 
 
+class Lost(Exception):
+    """Another process of the run has ended, and none can go on alone."""
+
+
+def lost_another(error: Exception) -> bool:
+    """Whether an error comes from talking to processes, one of which is gone."""
+    return isinstance(error, dist.DistBackendError) or isinstance(error, RuntimeError) and "gloo" in str(error)
+
+
+def end_with_the_starter() -> None:
+    """A process that Lightning or torchrun started ends when its starter is killed, and does not keep its GPU."""
+    started = os.environ.get("LOCAL_RANK", "0") != "0" or "TORCHELASTIC_RUN_ID" in os.environ
+    if sys.platform == "linux" and started:
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+def refuse_other_versions() -> None:
+    """Raises ValueError in all processes if they do not run the same software."""
+    python, us = platform.python_version(), __version__
+    mine = f"Python {python}, torch {torch.__version__}, lightning {L.__version__}, lightning-gpt {us}"
+    all_of_them: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(all_of_them, mine)
+    for rank, theirs in enumerate(all_of_them):
+        if theirs != all_of_them[0]:
+            raise ValueError(
+                f"the processes of this run have different software: rank 0 {all_of_them[0]}; rank {rank} {theirs}. "
+                "Install the same on every machine"
+            )
+
+
 class Replicas(DDPStrategy):
     """Data parallel in one message a step: gradients are averaged at once, when all are there.
 
     DDP hides its many messages behind the backward pass, at the price of a wrapper that no CUDA graph records and that
     works in every micro-batch. Nets of this size are sent faster than they are hidden.
     """
+
+    def setup_environment(self) -> None:
+        end_with_the_starter()
+        super().setup_environment()
+        refuse_other_versions()
 
     def setup(self, trainer: L.Trainer) -> None:
         # Lightning asks all ranks in each step if one got a SIGTERM, and the GPU waits. StopOnSignal asks now and then
@@ -75,8 +115,10 @@ class Shards(ModelParallelStrategy):
         super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=False, **how)
 
     def setup_environment(self) -> None:
+        end_with_the_starter()
         self._data_parallel_size = self.num_nodes * self.num_processes
         super().setup_environment()
+        refuse_other_versions()
 
     def load_checkpoint(self, checkpoint_path, weights_only: bool | None = None) -> dict[str, Any]:
         saved, module = checkpoint.read(checkpoint_path), self.lightning_module

@@ -23,11 +23,17 @@ HELP = """lightning-gpt COMMAND [options]; each COMMAND has its own --help.
   generate   write text from a checkpoint"""
 
 
+def complain(message: str) -> None:
+    """Say on stderr what is wrong, and in which process if it isn't the first of several."""
+    rank = os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))
+    print(f"lightning-gpt: error: {message}" if rank == "0" else f"rank {rank}: error: {message}", file=sys.stderr)
+
+
 class Parser(jsonargparse.ArgumentParser):
     """Says what is wrong in one line; --help has the rest."""
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        print(f"lightning-gpt: error: {' '.join(message.split())}", file=sys.stderr)
+        complain(" ".join(message.split()))
         sys.exit(2)
 
 
@@ -85,10 +91,10 @@ def run(what: Callable[[list[str]], None], args: list[str]) -> None:
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
         reason = str(error).split("\n")[0][:200]
-        print(f"lightning-gpt: error: out of memory: take a smaller batch or model. {reason}", file=sys.stderr)
+        complain(f"out of memory: take a smaller batch or model. {reason}")
         sys.exit(1)
     except (ValueError, OSError) as error:
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         hint = ". What was saved before is untouched; make room, then go on with --ckpt_path last" if full else ""
-        print(f"lightning-gpt: error: {error}{hint}", file=sys.stderr)
+        complain(f"{error}{hint}")
         sys.exit(1 if full else 2)

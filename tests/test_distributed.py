@@ -1,10 +1,13 @@
 """Several processes are one run: the same steps, the same checkpoints, the same end."""
 
 import os
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +17,7 @@ from lightning_gpt import checkpoint
 
 pytestmark = pytest.mark.slow
 FSDP = ["--config", "fsdp", "--trainer.devices", "2"]
+THREE = ["--data.batch_size", "6", "--trainer.max_steps", "4", "--model.optimizer", "muon"]
 STILL = [
     "--model.dropout",
     "0",
@@ -26,10 +30,10 @@ STILL = [
 ]
 
 
-def start(folder, *args):
+def start(folder, *args, path=(), **env):
     """A command line in processes of its own, so that it can be waited for and ended as a whole."""
     command = [sys.executable, "-m", "lightning_gpt", *map(str, args)]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([*path, *sys.path])} | env
     return subprocess.Popen(
         command,
         cwd=folder,
@@ -97,6 +101,13 @@ def test_two_processes_train_as_one(tmp_path, text_file, alone, how):
     assert code == 0 and said.startswith("the")
 
 
+@pytest.mark.parametrize("strategy", ["auto", "shards"])
+def test_three_processes_train_as_one(tmp_path, text_file, strategy):
+    how = THREE if strategy == "auto" else [*THREE, "--model.optimizer", "adamw"]
+    many = fit(tmp_path / "3", text_file, *how, "--trainer.strategy", strategy, "--trainer.devices", 3)
+    assert_same(many, fit(tmp_path / "1", text_file, *how))
+
+
 def test_sharded_matrices_are_not_for_muon(tmp_path, text_file):
     args = ["fit", *TINY, "--data.corpus", text_file, *STILL, *FSDP, "--model.optimizer", "muon"]
     code, said = end(start(tmp_path, *args))
@@ -132,3 +143,55 @@ def test_when_one_dies_the_other_ends_and_what_was_saved_is_good(tmp_path, text_
     code, said = end(process, 60)
     assert code != 0
     assert checkpoint.read(next(tmp_path.rglob("last.ckpt")))["global_step"] > 0
+    assert said.count("error") == 1 and "another process of this run has ended" in said and "Traceback" not in said
+
+
+def test_no_process_outlives_the_one_that_started_it(tmp_path, text_file):
+    args = ["fit", *TINY, "--data.corpus", text_file, *LONG, "--data.batch_size", "6", "--trainer.devices", "3"]
+    process = start(tmp_path, *args)
+    training(process, tmp_path)
+    children = subprocess.check_output(["pgrep", "-P", str(process.pid)], text=True).split()
+    for child in children:
+        os.kill(int(child), signal.SIGSTOP)  # as deaf as one that waits for its GPU
+    process.kill()
+    end(process, 30)  # until nobody holds the other end of its output
+    assert len(children) == 2 and not any(os.path.exists(f"/proc/{child}/exe") for child in children)
+
+
+def test_a_batch_that_cannot_be_shared_is_said_once(tmp_path, text_file):
+    code, said = end(start(tmp_path, "fit", *TINY, "--data.corpus", text_file, "--trainer.devices", "3"))
+    assert code == 2 and "data.batch_size=8 can't be shared equally by 3 devices: take 6 or 9" in said
+    assert said.count("\n") == 1
+
+
+def as_torchrun_would(folder, text_file, rank, port, **how):
+    args = ["fit", *TINY, "--data.corpus", text_file, "--trainer.devices", "2"]
+    env = dict(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    return start(folder, *args, **env, TORCHELASTIC_RUN_ID="test", **how)
+
+
+@pytest.fixture
+def port():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        yield taken
+
+
+def test_a_port_that_is_taken_is_named(tmp_path, text_file, port):
+    number = port.getsockname()[1]
+    code, said = end(as_torchrun_would(tmp_path, text_file, 0, number))
+    assert code == 2 and f"port {number}, is taken by another program: set MASTER_PORT" in said
+    assert "Traceback" not in said
+
+
+def test_processes_with_other_software_end_and_say_so(tmp_path, text_file, port):
+    number = port.getsockname()[1]
+    port.close()
+    package = tmp_path / "other" / "lightning_gpt"
+    shutil.copytree(Path(checkpoint.__file__).parent, package, ignore=shutil.ignore_patterns("corpus", "__pycache__"))
+    (package / "corpus").symlink_to(Path(checkpoint.__file__).parent / "corpus")
+    (package / "__init__.py").write_text('__version__ = "9.9"')
+    both = [as_torchrun_would(tmp_path, text_file, r, number, path=[str(package.parent)] if r else []) for r in (0, 1)]
+    for code, said in map(end, both):
+        assert code == 2 and "rank 1 Python" in said and "lightning-gpt 9.9. Install the same" in said
