@@ -109,7 +109,10 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 class Shards(ModelParallelStrategy):
-    """Every device keeps a part of each weight; checkpoints are whole ones, that any number of devices takes up."""
+    """Every device keeps a part of each weight; checkpoints are whole ones, that any number of devices takes up.
+
+    With accumulate_grad_batches, gradients are shared out after each batch, as whole ones might not fit.
+    """
 
     def __init__(self, **how) -> None:
         super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=False, **how)
