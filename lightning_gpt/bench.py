@@ -18,6 +18,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from .callbacks import flops_per_token
 from .capture import CapturedStep
 from .cli import CLI, train
 from .data import RandomWindows, TinyShakespeare
@@ -103,14 +104,6 @@ def matmul_rate(device: torch.device, precision: str) -> float:
         wait_for(device)
         best = min(best, time.perf_counter() - since)
     return 2 * n**3 / best
-
-
-def flops_per_token(net: GPT) -> float:
-    """Of forward and backward: PaLM (Chowdhery et al. 2022), appendix B."""
-    matrices = sum(p.numel() for name, p in net.named_parameters() if p.dim() == 2 and not name.startswith("w"))
-    if net.config.tie_embeddings:
-        matrices += net.wte.weight.numel()
-    return 6 * matrices + 12 * net.config.n_layer * net.config.n_embd * net.config.block_size
 
 
 class Bench(CLI):

@@ -12,6 +12,7 @@ from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 
 from .distributed import Shards
 from .generation import check, generate
+from .model import GPT
 from .training import LanguageModel
 
 
@@ -78,10 +79,42 @@ class SampleText(L.Callback):
         return [tokenizer.decode(text) for text in ids]
 
 
-class Throughput(L.Callback):
-    """Logs `perf/tokens_per_second` of training, over all devices; compiling, validation and samples do not count.
+# FLOP/s of dense bfloat16 products, from NVIDIA's data sheets; a longer name comes before one that is a part of it
+PEAK = {
+    "B200": 2250e12,
+    "GH200": 989e12,
+    "H200": 989e12,
+    "H100 NVL": 835e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "A40": 150e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+}
 
-    `seconds` is the time that training took altogether, counted in the same way.
+
+def peak_flops(device: torch.device) -> float | None:
+    """FLOP/s that a device can do at best, in bfloat16; None if we don't know it."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((rate for part, rate in PEAK.items() if part in name), None)
+
+
+def flops_per_token(net: GPT) -> float:
+    """Of forward and backward: PaLM (Chowdhery et al. 2022), appendix B."""
+    matrices = sum(p.numel() for name, p in net.named_parameters() if p.dim() == 2 and not name.startswith("w"))
+    if net.config.tie_embeddings:
+        matrices += net.wte.weight.numel()
+    return 6 * matrices + 12 * net.config.n_layer * net.config.n_embd * net.config.block_size
+
+
+class Throughput(L.Callback):
+    """Logs how fast training is: `perf/tokens_per_second` and `perf/ms_per_step`, and on a GPU `perf/gpu_memory` (GiB,
+    what PyTorch holds of it) and `perf/mfu`, the share of PEAK that the net's own arithmetic makes use of.
+
+    Over all devices; compiling, validation and samples do not count. `seconds` is the time that training took
+    altogether, counted in the same way.
     """
 
     since: float | None = None
@@ -107,8 +140,19 @@ class Throughput(L.Callback):
         if self.since is not None:
             self.tokens += batch[1].numel() * trainer.world_size
             if cast(LanguageModel, lm).logs_after(batch_idx):
-                speed, self.tokens, self.since = self.tokens / self.stop(), 0, time.perf_counter()
-                lm.log("perf/tokens_per_second", speed)  # may wait for the GPU: that time counts too
+                seconds, tokens = self.stop(), self.tokens
+                self.tokens, self.since = 0, time.perf_counter()
+                self.log_speed(
+                    trainer, cast(LanguageModel, lm), tokens / seconds, batch[1].numel() * trainer.world_size
+                )
+
+    def log_speed(self, trainer: L.Trainer, lm: LanguageModel, speed: float, batch_tokens: int) -> None:
+        lm.log("perf/tokens_per_second", speed)  # may wait for the GPU: that time counts too
+        lm.log("perf/ms_per_step", 1e3 * batch_tokens * trainer.accumulate_grad_batches / speed)
+        if lm.device.type == "cuda":
+            lm.log("perf/gpu_memory", torch.cuda.max_memory_reserved(lm.device) / 2**30)
+        if peak := peak_flops(lm.device):
+            lm.log("perf/mfu", speed * flops_per_token(lm.net) / peak / trainer.world_size)
 
     def on_validation_start(self, trainer: L.Trainer, lm: L.LightningModule) -> None:
         if self.since is not None:

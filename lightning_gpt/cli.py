@@ -32,6 +32,7 @@ from .settings import (
 )
 from .speak import generate
 from .training import Diverged, LanguageModel
+from .vitals import Vitals
 
 TRAINER_DEFAULTS = {
     "default_root_dir": str(checkpoint.ROOT),
@@ -121,7 +122,7 @@ class CLI(LightningCLI):
         watchers: list[L.Callback] = [callbacks.Progress()] if given.enable_progress_bar in (None, True) else []
         if fit:
             self.throughput = callbacks.Throughput()
-            watchers += [self.throughput, callbacks.ValidateAtTheEnd()]
+            watchers += [self.throughput, Vitals(), callbacks.ValidateAtTheEnd()]
             if given.enable_checkpointing in (None, True):
                 self.io, self.saver = SafeIO(), Save(Path(board.log_dir) / "checkpoints", config.save_every_n_steps)
                 kwargs["plugins"] = [self.io, *(self.config_init.fit.trainer.plugins or [])]

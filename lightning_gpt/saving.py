@@ -174,6 +174,9 @@ class SaveConfig(SaveConfigCallback):
             names = chain(["config", from_step], (f"{from_step}_{n}" for n in count(2)))
             files = (self.folder / f"{name}.yaml" for name in names)
             next(file for file in files if not file.exists()).write_text(self.text())
+            for logger in trainer.loggers:
+                if hasattr(logger.experiment, "add_text"):
+                    logger.experiment.add_text("config", f"```yaml\n{self.text()}\n```", trainer.global_step)
 
     def on_save_checkpoint(self, trainer: L.Trainer, lm: L.LightningModule, saved: dict) -> None:
         saved["config"] = self.text()

@@ -247,7 +247,10 @@ class LanguageModel(L.LightningModule):
         if self.logs_after(batch_idx):
             loss = self.step_loss.clone()  # a replayed step writes to the same place
             self.log("train/loss", loss, sync_dist=self.trainer.world_size > 1)
-            self.log("train/lr", float(self.trainer.optimizers[0].param_groups[0]["lr"]))
+            self.log("train/bpc", loss / math.log(2), sync_dist=self.trainer.world_size > 1)
+            rates = {bool(group.get("muon")): group["lr"] for group in self.trainer.optimizers[0].param_groups}
+            for of_muon, rate in rates.items():
+                self.log("train/muon_lr" if of_muon else "train/lr", float(rate))
             self.log("train/grad_norm", self.grad_norm.clone())
 
     # --- validation: a weighted mean over all tokens, exact whatever the windows' lengths and the ranks' shares -------
