@@ -20,7 +20,7 @@ generate: .venv/installed  ## write text from the newest best checkpoint
 	$(BIN)/lightning-gpt generate
 
 board: .venv/installed  ## look at the runs: TensorBoard on http://127.0.0.1:6006
-	$(BIN)/tensorboard --logdir checkpoints --host 127.0.0.1
+	$(BIN)/tensorboard --logdir checkpoints --host 127.0.0.1 --samples_per_plugin text=1000,images=1000
 
 test: .venv/dev  ## pass the tests, in two minutes
 	$(BIN)/pytest -m "not slow"

@@ -9,16 +9,21 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
+from torch import Tensor
 
 from .distributed import Shards
 from .generation import check, generate
+from .memorisation import Copies
 from .model import GPT
+from .tokenizer import CharTokenizer
 from .training import LanguageModel
 
 
 class SampleText(L.Callback):
-    """After each validation, rank 0 continues each prompt: all to TensorBoard (`samples`), the first to the console.
+    """After each validation, rank 0 continues each prompt: all to TensorBoard, the first to the console.
 
+    There each prompt has a text of its own, `samples/PROMPT`, with what it became step by step, and how much of that
+    stands word for word in the training text (`samples/longest_copy`, `samples/copied_share`, see memorisation.py).
     Training is bit for bit the same with and without it: it has a random generator of its own.
 
     Args:
@@ -44,6 +49,7 @@ class SampleText(L.Callback):
         check(temperature, top_k)
         self.prompts, self.length, self.console_length, self.seed = prompts, length, console_length, seed
         self.how = {"temperature": temperature, "top_k": top_k}
+        self.copies: Copies | None = None
 
     def setup(self, trainer: L.Trainer, lm: L.LightningModule, stage: str) -> None:
         tokenizer = trainer.datamodule.tokenizer
@@ -63,20 +69,48 @@ class SampleText(L.Callback):
         if not trainer.callback_metrics["val/loss"].isfinite():
             return  # a net that has diverged has nothing to say
         same_length = groupby(sorted(self.spelled, key=len), key=len)  # one batch each
-        texts = [text for _, prompts in same_length for text in self.sample(trainer, lm, list(prompts))]
+        samples = [pair for _, prompts in same_length for pair in self.sample(trainer, lm, list(prompts))]
         if not trainer.is_global_zero:
             return
-        if board := next((log for log in trainer.loggers if hasattr(log.experiment, "add_text")), None):
-            board.experiment.add_text("samples", "\n".join(f"```\n{text}\n```" for text in texts), trainer.global_step)
+        texts = [trainer.datamodule.tokenizer.decode(ids) for _, ids in samples]
+        self.log_samples(trainer, samples, texts)
         if self.console_length:
             lm.print("    " + texts[0].strip()[: self.console_length].replace("\n", "\n    "))
 
-    def sample(self, trainer: L.Trainer, lm: L.LightningModule, prompts: list[str]) -> list[str]:
-        tokenizer = trainer.datamodule.tokenizer
-        idx = torch.as_tensor(torch.stack([tokenizer.encode(prompt) for prompt in prompts]), device=lm.device)
+    def sample(self, trainer: L.Trainer, lm: L.LightningModule, prompts: list[str]) -> list[tuple[str, Tensor]]:
+        encoded = [trainer.datamodule.tokenizer.encode(prompt) for prompt in prompts]
+        idx = torch.as_tensor(torch.stack(encoded), device=lm.device)
         dice = torch.Generator(lm.device).manual_seed(self.seed)
         ids = generate(cast(LanguageModel, lm).final_net, idx, self.length, generator=dice, **self.how)
-        return [tokenizer.decode(text) for text in ids]
+        return list(zip(prompts, ids.cpu(), strict=True))
+
+    def log_samples(self, trainer: L.Trainer, samples: list[tuple[str, Tensor]], texts: list[str]) -> None:
+        """To all loggers, with how much of what was written (the prompt does not count) is copied."""
+        data = trainer.datamodule
+        if not trainer.loggers:
+            return
+        if self.copies is None:
+            self.copies = Copies(data.text_tokens, data.vocab_size)
+            *_, self.usual = self.copies.find(data.val_tokens[:10_000])
+        n, unit = self.copies.n, "characters" if isinstance(data.tokenizer, CharTokenizer) else "tokens"
+        written = [ids[-self.length :] for _, ids in samples]
+        found = [self.copies.find(ids) for ids in written]
+        for (prompt, _), ids, text, (start, length, share) in zip(samples, written, texts, found, strict=True):
+            copied = data.tokenizer.decode(ids[start : start + length])
+            run = f"{length} {unit}, {copied!r}" if length else f"fewer than {n} {unit}"
+            words = (
+                f"Longest run copied from the training text: {run}. Of its runs of {n} {unit}, {share:.0%} stand there "
+                f"(of the validation text's, {self.usual:.0%})."
+            )
+            for logger in trainer.loggers:
+                if hasattr(logger.experiment, "add_text"):
+                    tag = "samples/" + prompt.replace("\n", "↵")
+                    fenced = text.replace("`", "'")  # three would end the block
+                    logger.experiment.add_text(tag, f"```\n{fenced}\n```\n\n{words}", trainer.global_step)
+        _, lengths, shares = zip(*found, strict=True)
+        for logger in trainer.loggers:
+            copied_most = {"samples/longest_copy": max(lengths), "samples/copied_share": sum(shares) / len(shares)}
+            logger.log_metrics(copied_most, trainer.global_step)
 
 
 # FLOP/s of dense bfloat16 products, from NVIDIA's data sheets; a longer name comes before one that is a part of it
@@ -174,7 +208,7 @@ class ValidateAtTheEnd(L.Callback):
 
 
 class Progress(TQDMProgressBar):
-    """One bar with loss, val loss and tokens per second; where no terminal is, a plain line now and then."""
+    """One bar with losses, the best so far, speed and time left; where no terminal is, a plain line now and then."""
 
     SECONDS = 10  # between two plain lines
 
@@ -192,12 +226,13 @@ class Progress(TQDMProgressBar):
 
     def on_train_epoch_start(self, trainer: L.Trainer, *_) -> None:
         super().on_train_epoch_start(trainer)
+        self.start, self.start_step = time.monotonic(), trainer.global_step
         self.train_progress_bar.set_description("Training")
         self.train_progress_bar.total = trainer.max_steps * trainer.accumulate_grad_batches
 
     def get_metrics(self, trainer: L.Trainer, lm: L.LightningModule) -> dict[str, int | str | float | dict[str, float]]:
         seen = trainer.callback_metrics
-        shown = {"loss": "train/loss", "val": "val/loss"}
+        shown = {"loss": "train/loss", "val": "val/loss", "best": "val/best"}
         metrics: dict[str, int | str | float | dict[str, float]] = {
             name: f"{seen[key]:.3f}" for name, key in shown.items() if key in seen
         }
@@ -207,6 +242,9 @@ class Progress(TQDMProgressBar):
 
     def plain_line(self, trainer: L.Trainer, lm: L.LightningModule) -> None:
         values = "  ".join(f"{name} {value}" for name, value in self.get_metrics(trainer, lm).items())
+        left = (time.monotonic() - self.start) / max(1, trainer.global_step - self.start_step)
+        left *= trainer.max_steps - trainer.global_step
+        values += f"  left {Tqdm.format_interval(left)}" if left else ""
         print(f"step {trainer.global_step}/{trainer.max_steps}  {values}", flush=True)
         self.last_line = time.monotonic()
 

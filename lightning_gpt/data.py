@@ -174,6 +174,7 @@ class TinyShakespeare(L.LightningDataModule):
         ids = self.tokenizer.encode(text).to(smallest)
         n, stop = int(start * len(text)), int(end * len(text))
         self.train_tokens, self.val_tokens = ids[:n], ids[n:stop]
+        self.text_tokens = self.train_tokens  # without the copies below
         self.refuse_short(block_size, f"of the text's {len(text):,} characters")
         if renamed_copies:
             play = Renaming(text[:n])
@@ -188,6 +189,7 @@ class TinyShakespeare(L.LightningDataModule):
             )
         self.tokenizer, self.vocab_size = TokenIds(kinds), kinds
         self.train_tokens, self.val_tokens = (read_tokens(file, token_type, kinds) for file in files)
+        self.text_tokens = self.train_tokens
 
     def refuse_short(self, block_size: int, of_what: str) -> None:
         for name, part in ("training", self.train_tokens), ("validation", self.val_tokens):

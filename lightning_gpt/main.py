@@ -7,20 +7,22 @@ import shutil
 import sys
 from collections.abc import Callable
 from importlib import import_module
+from inspect import signature
 from typing import NoReturn
 
 import jsonargparse
 import torch
 
 # what needs no Trainer: a module and a function of it. Lightning takes seconds to import, and these are to be quick
-COMMANDS = {"generate": "speak"}
+COMMANDS = {"generate": "speak", "report": "report"}
 TRAINING = "fit", "validate", "test"
 HELP = """lightning-gpt COMMAND [options]; each COMMAND has its own --help.
 
   fit        train a model, or go on training one
   validate   the loss of a checkpoint over its whole validation split
   test       the same figures as validate, under test/
-  generate   write text from a checkpoint"""
+  generate   write text from a checkpoint
+  report     a page about a run, or about several side by side"""
 
 
 def complain(message: str) -> None:
@@ -45,7 +47,10 @@ def do(args: list[str]) -> None:
         function = getattr(import_module(f".{COMMANDS[args[0]]}", __package__), args[0])
         parser = Parser(prog=f"lightning-gpt {args[0]}", description=function.__doc__.split("\n")[0])
         parser.add_argument("--config", action="config", help="A YAML file with any of these options.")
-        parser.add_function_arguments(function)
+        given: set[str | int] = {"runs"} & signature(function).parameters.keys()  # without a flag
+        for name in given:
+            parser.add_argument(str(name), nargs="*", help="Folders of runs; none is the newest.")
+        parser.add_function_arguments(function, skip=given)
         options = parser.parse_args(args[1:])
         function(**{key: value for key, value in options.items() if key != "config"})
     elif args[0] not in TRAINING and not args[0].startswith("-"):

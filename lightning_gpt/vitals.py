@@ -60,9 +60,9 @@ def hardware(lm: LanguageModel) -> str:
 class Vitals(L.Callback):
     """Logs `update_ratio/...` of each layer, and after a validation `val/best` and `val/gap`, val less train loss.
 
-    An update ratio is |new - old| / |new| over all of a layer's weights in one step. It is taken from a copy made before
-    each logged step, as a step that was recorded calls no hooks; the other steps cost nothing, and training is bit for
-    bit what it is without.
+    An update ratio is |new - old| / |new| over all of a layer's weights in one step. It is taken from a copy made
+    before each logged step, as a step that was recorded calls no hooks; the other steps cost nothing, and training is
+    bit for bit what it is without.
     """
 
     def __init__(self) -> None:

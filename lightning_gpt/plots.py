@@ -1,0 +1,276 @@
+"""Figures of what happens inside a GPT, and of a run's curves. Needs matplotlib, the extra `plots`; no Lightning.
+
+Shapes   T time (tokens) · C channels · H heads · D = C / H · V vocabulary · L layers
+"""
+
+import math
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from typing import cast
+
+import torch
+from matplotlib.axes import Axes
+from matplotlib.colors import PowerNorm
+from matplotlib.figure import Figure
+from torch import Tensor
+from torch.nn import functional as F
+
+from .model import GPT, CausalSelfAttention, rotate
+from .tokenizer import CharTokenizer, TokenIds
+
+warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a text's letters may be in no font here
+DPI = 100
+MOST_EMBEDDINGS = 300  # more can't be told apart in a figure
+
+
+# --- looking ----------------------------------------------------------------------------------------------------------
+
+
+def label(tokenizer: CharTokenizer | TokenIds, i: int) -> str:
+    """A token as one can see it: white space has signs."""
+    text = tokenizer.decode(torch.tensor([i]))
+    signs = {" ": "␣", "\n": "↵", "\t": "→"}
+    return "".join(
+        signs.get(c, c if c.isprintable() else "�") for c in (text if len(text) == 1 else text.strip() or text)
+    )
+
+
+@torch.inference_mode()
+def streams(net: GPT, idx: Tensor) -> Tensor:
+    """The residual stream of idx (1, T): into the first block, between blocks, out of the last; (L + 1, T, C)."""
+    seen: list[Tensor] = []
+    with ExitStack() as hooks:
+        for block in net.h:
+            hooks.enter_context(block.register_forward_pre_hook(lambda _, args: seen.append(args[0])))
+        last = net.features(idx)
+    return torch.cat([*seen, last])
+
+
+@torch.inference_mode()
+def attention_of(layer: CausalSelfAttention, x: Tensor, rotary: Tensor | None) -> Tensor:
+    """How much each place looks at each other, (H, T, T), by the layer's own forward on x (1, T, C).
+
+    A head's output is its weights times the values. So values that are 1 at one place and channel and 0 elsewhere make
+    it tell its weights, D places at a time.
+    """
+    T, C, H = x.size(1), x.size(2), layer.n_head
+    D, maps = C // H, []
+    for first in range(0, T, D):
+        ones = torch.eye(T, dtype=x.dtype, device=x.device)[:, first : first + D]
+        values, told = F.pad(ones, (0, D - ones.size(1))).repeat(1, H)[None], list[Tensor]()
+
+        def replace(_, args, qkv: Tensor, values: Tensor = values) -> Tensor:
+            return torch.cat((qkv[..., : 2 * C], values), -1)
+
+        def listen(_, args, told: list[Tensor] = told) -> None:
+            told.append(args[0])
+
+        with layer.c_attn.register_forward_hook(replace), layer.c_proj.register_forward_pre_hook(listen):
+            layer(x, rotary)
+        maps.append(told[0].view(T, H, D).transpose(0, 1)[..., : ones.size(1)])
+    return torch.cat(maps, -1)
+
+
+@torch.inference_mode()
+def attention_maps(net: GPT, idx: Tensor) -> list[Tensor]:
+    """The attention weights of each layer over idx (1, T), each (H, T, T)."""
+    seen: list[tuple] = []
+    layers = [cast(CausalSelfAttention, block.attn) for block in net.h]
+    with ExitStack() as hooks:
+        for layer in layers:
+            hooks.enter_context(layer.register_forward_pre_hook(lambda _, args: seen.append(args)))
+        net.features(idx)
+    return [attention_of(layer, x, rotary) for layer, (x, rotary, _) in zip(layers, seen, strict=True)]
+
+
+@torch.inference_mode()
+def losses(net: GPT, ids: Tensor) -> Tensor:
+    """The loss at each token of ids (T + 1,) but the first, in nats, (T,)."""
+    return F.cross_entropy(net(ids[None, :-1])[0].float(), ids[1:], reduction="none")
+
+
+@torch.inference_mode()
+def position_similarity(net: GPT) -> Tensor:
+    """Cosine of each pair of positions, (T, T): of their learned vectors, or of one vector turned by their angles."""
+    if net.config.position == "learned":
+        vectors = net.wpe.weight.float()
+    else:
+        ones = torch.ones(1, net.config.block_size, 1, net.config.n_embd // net.config.n_head, device=net.rotary.device)
+        vectors = rotate(ones, net.rotary)[0, :, 0].float()
+    vectors = F.normalize(vectors, dim=-1)
+    return vectors @ vectors.T
+
+
+# --- drawing ----------------------------------------------------------------------------------------------------------
+
+
+def axes(title: str, width: float, height: float) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
+    figure.suptitle(title, fontsize=11)
+    return figure, figure.subplots()
+
+
+def draw_attention(maps: Tensor, labels: Sequence[str], title: str) -> Figure:
+    """One panel for each head of maps (H, T, T)."""
+    H, T = maps.shape[:2]
+    columns = H if H <= 3 else math.ceil(math.sqrt(H))
+    rows, side, gap = math.ceil(H / columns), max(0.105 * T, 1.0), 0.4  # in inches
+    width, height = columns * (side + gap) + gap, rows * (side + gap) + 0.4
+    figure = Figure(figsize=(max(width, 7), height), dpi=DPI)  # laid out by hand, as it takes half the time
+    figure.suptitle(f"{title}: a row is a character that looks, dark is where it looks", fontsize=11)
+    for h in range(H):
+        left, top = gap + h % columns * (side + gap), 0.65 + h // columns * (side + gap)
+        place = (left / figure.get_figwidth(), 1 - (top + side) / height, side / figure.get_figwidth(), side / height)
+        panel = figure.add_axes(place)
+        panel.imshow(maps[h].float().cpu(), cmap="Blues", norm=PowerNorm(0.5, 0, 1))
+        panel.set_title(f"head {h + 1}", fontsize=9, pad=3)
+        panel.set_xticks(range(T), labels, fontsize=7)
+        panel.set_yticks(range(T), labels, fontsize=7)
+        panel.tick_params(length=0, pad=1)
+    return figure
+
+
+def draw_losses(values: Tensor, labels: Sequence[str], most: float, title: str) -> Figure:
+    """The text itself, 64 tokens a line, each on a ground as dark as its loss; labels are those of values (T,)."""
+    T, columns = len(values), 64
+    rows = math.ceil(T / columns)
+    grid = torch.full((rows * columns,), math.nan)
+    grid[:T] = values.float().cpu()
+    figure, ax = axes(
+        f"{title}: {values.mean():.3f} nats on average; dark letters surprise the model", 11, 0.27 * rows + 1
+    )
+    image = ax.imshow(grid.view(rows, columns), cmap="Reds", vmin=0, vmax=most, aspect="auto")
+    for t, (text, value) in enumerate(zip(labels, values.tolist(), strict=True)):
+        colour = "white" if value > 0.6 * most else "black"
+        ax.text(
+            t % columns,
+            t // columns,
+            text[:4],
+            ha="center",
+            va="center",
+            fontsize=9 if len(text) == 1 else 5,
+            color=colour,
+        )
+    ax.set_xticks([])
+    ax.set_yticks(range(rows), [str(1 + row * columns) for row in range(rows)], fontsize=7)
+    figure.colorbar(image, ax=ax, aspect=8, pad=0.01, label="nats")
+    return figure
+
+
+def draw_lens(net: GPT, between: Tensor, ids: Tensor, labels: Sequence[str], tokenizer, title: str) -> Figure:
+    """What the head would say after each layer; between (L + 1, T, C), ids and labels (T + 1,)."""
+    with torch.inference_mode():
+        odds = net.logits(between).float().softmax(-1)  # (L + 1, T, V)
+    best, of_true = odds.argmax(-1).tolist(), odds.gather(-1, ids[1:].expand(len(odds), -1)[..., None])[..., 0]
+    T = len(ids) - 1
+    names = ["embedding", *(f"layer {i}" for i in range(1, len(odds)))]
+    figure, ax = axes(
+        f"{title}: likeliest next character after each layer, green where the true one has high odds",
+        0.25 * T + 2, 0.25 * len(odds) + 1.4,
+    )  # fmt: skip
+    image = ax.imshow(of_true.cpu(), cmap="Greens", vmin=0, vmax=1, aspect="auto", origin="lower")
+    for row, guesses in enumerate(best):
+        for t, i in enumerate(guesses):
+            colour = "white" if of_true[row, t] > 0.6 else "black"
+            ax.text(t, row, label(tokenizer, i)[:4], ha="center", va="center", fontsize=8, color=colour)
+    ax.set_yticks(range(len(odds)), names, fontsize=8)
+    ax.set_xticks(range(T), labels[:-1], fontsize=8)
+    ax.set_xlabel("character read", fontsize=8)
+    above = ax.secondary_xaxis("top")
+    above.set_xticks(range(T), labels[1:], fontsize=8)
+    above.set_xlabel("true next character", fontsize=8)
+    for side in ax, above:
+        side.tick_params(length=0)
+    figure.colorbar(image, ax=ax, aspect=12, pad=0.01, label="odds of the true one")
+    return figure
+
+
+KINDS = {"vowels": "tab:red", "consonants": "tab:blue", "capitals": "tab:green", "others": "tab:gray"}
+
+
+def kind(text: str) -> str:
+    if not text[:1].isalpha():
+        return "others"
+    return "capitals" if text[0].isupper() else "vowels" if text[0] in "aeiou" else "consonants"
+
+
+def draw_embeddings(weight: Tensor, labels: Sequence[str], title: str) -> Figure:
+    """The token embeddings (V, C) on the plane where they vary most (principal components)."""
+    x = weight.detach().float().cpu()[:MOST_EMBEDDINGS]
+    x = x - x.mean(0)
+    u, s, _ = torch.linalg.svd(x, full_matrices=False)
+    s = F.pad(s, (0, max(0, 2 - len(s))))
+    plane = F.pad(u, (0, max(0, 2 - u.size(1))))[:, :2] * s[:2]
+    share = s.square() / s.square().sum().clamp(min=1e-30)
+    figure, ax = axes(f"{title}, on the plane where they differ most", 7, 6)
+    ax.scatter(plane[:, 0], plane[:, 1], s=0)  # for the limits of the axes
+    for (a, b), text in zip(plane.tolist(), labels, strict=False):
+        ax.text(a, b, text, ha="center", va="center", fontsize=10, color=KINDS[kind(text)])
+    ax.set_xlabel(f"first direction, {share[0]:.0%} of the variance", fontsize=9)
+    ax.set_ylabel(f"second direction, {share[1]:.0%}", fontsize=9)
+    for name, colour in KINDS.items():
+        ax.scatter([], [], color=colour, label=name, s=20)
+    ax.legend(fontsize=8, loc="best", framealpha=0.6)
+    ax.tick_params(labelsize=7)
+    return figure
+
+
+def draw_positions(similarity: Tensor, title: str) -> Figure:
+    """Cosines (T, T) of all pairs of positions."""
+    figure, ax = axes(title, 5.6, 4.8)
+    image = ax.imshow(similarity.cpu(), cmap="RdBu_r", vmin=-1, vmax=1)
+    ax.set_xlabel("position in the context", fontsize=9)
+    ax.set_ylabel("position in the context", fontsize=9)
+    ax.tick_params(labelsize=8)
+    figure.colorbar(image, ax=ax, label="cosine")
+    return figure
+
+
+Curve = list[tuple[int, float]]  # (step, value)
+
+
+def draw_curves(curves: dict[str, Curve], title: str, unit: str, log: bool = False) -> Figure:
+    """Lines over steps, the lowest point of a `val` line marked."""
+    figure, ax = axes(title, 5.4, 3.3)
+    for name, points in curves.items():
+        steps, values = zip(*points, strict=True)
+        (line,) = ax.plot(
+            steps, values, label=name, linewidth=1.6, marker="o" if len(points) < 9 else None, markersize=3
+        )
+        if "val" in name and "loss" in name:
+            step, value = min(points, key=lambda point: point[1])
+            ax.plot(step, value, "o", color=line.get_color(), markersize=6, fillstyle="none")
+            ax.annotate(f"{value:.3f}", (step, value), (0, 6), textcoords="offset points", fontsize=9, ha="right")
+    if log:
+        ax.set_yscale("log")
+    ax.set_xlabel("step")
+    ax.set_ylabel(unit)
+    ax.grid(alpha=0.25)
+    ax.spines[["top", "right"]].set_visible(False)
+    if len(curves) > 1:
+        ax.legend(fontsize=8, frameon=False, ncols=2 if len(curves) > 6 else 1)
+    return figure
+
+
+def figures(net: GPT, tokenizer: CharTokenizer | TokenIds, ids: Tensor, shown: int) -> Iterator[tuple[str, Figure]]:
+    """Name and figure of all there is to see inside a net that reads ids (T + 1,), T <= block_size.
+
+    Args:
+        net: in eval mode; it is left as it was.
+        shown: of how many tokens the attention and the prediction per layer are drawn.
+    """
+    labels = [label(tokenizer, i) for i in ids.tolist()]
+    few = ids[: shown + 1]
+    yield (
+        "loss_per_character",
+        draw_losses(losses(net, ids), labels[1:], math.log(len(tokenizer)) + 1, "Loss per character"),
+    )
+    for i, maps in enumerate(attention_maps(net, few[None, :-1]), start=1):
+        yield f"attention_layer_{i:02}", draw_attention(maps, labels[: len(few) - 1], f"Attention, layer {i}")
+    between = streams(net, few[None, :-1])
+    yield "prediction_per_layer", draw_lens(net, between, few, labels[: len(few)], tokenizer, "Prediction per layer")
+    names = [label(tokenizer, i) for i in range(min(len(tokenizer), MOST_EMBEDDINGS))]
+    yield "token_embeddings", draw_embeddings(net.wte.weight, names, "Token embeddings")
+    what = "learned vectors" if net.config.position == "learned" else "angles (rotary, never learned)"
+    yield "position_similarity", draw_positions(position_similarity(net), f"How alike positions are: {what}")

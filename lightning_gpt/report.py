@@ -1,0 +1,437 @@
+"""lightning-gpt report: what a run was and what became of it, as one page that opens from the disk. No Lightning."""
+
+import base64
+import io
+import logging
+import math
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import yaml
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from . import checkpoint
+from .main import program
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from .plots import Curve
+
+TINY_SHAKESPEARE = Path(__file__).parent / "corpus" / "tiny_shakespeare.txt"
+SAMPLES_SHOWN = 8  # of each prompt, spread over the run
+SHOWN = 40  # characters in the figures of attention
+
+
+@dataclass
+class Run:
+    """What a run's folder holds: curves and texts by tag, config, and its best checkpoint."""
+
+    folder: Path
+    curves: dict[str, "Curve"] = field(default_factory=dict)  # steps from 1
+    texts: dict[str, list[tuple[int, str]]] = field(default_factory=dict)
+    config: str = ""
+    ckpt: Path | None = None
+    saved: dict[str, Any] | None = None
+    seconds: float = math.nan  # from the first event to the last
+    notes: list[str] = field(default_factory=list)  # what is missing, and why
+
+    @property
+    def name(self) -> str:
+        return "/".join(self.folder.absolute().parts[-2:])
+
+    def last(self, tag: str) -> float:
+        return self.curves[tag][-1][1] if self.curves.get(tag) else math.nan
+
+    def least(self, tag: str) -> float:
+        return min((value for _, value in self.curves.get(tag, [])), default=math.nan)
+
+    @property
+    def steps(self) -> int:
+        return max((curve[-1][0] for curve in self.curves.values() if curve), default=0)
+
+    @property
+    def settings(self) -> dict[str, str]:
+        """The config's leaves by their path, `model.n_layer`."""
+
+        def leaves(value, path: str) -> Iterator[tuple[str, str]]:
+            if isinstance(value, dict):
+                for key, part in value.items():
+                    yield from leaves(part, f"{path}.{key}" if path else str(key))
+            else:
+                yield path, str(value)
+
+        return dict(leaves(yaml.safe_load(self.config) or {}, ""))
+
+
+def find(path: str) -> Path:
+    """The run's folder that is meant by itself, by the folder of its versions or by a file in it.
+
+    Raises:
+        OSError: there is no such thing. ValueError: it is no run's.
+    """
+    folder = Path(path)
+    if not folder.exists():
+        raise FileNotFoundError(f"the run {path} does not exist: give its folder, such as checkpoints/laptop/version_0")
+    if folder.is_file():
+        folder = folder.parent.parent if folder.parent.name == "checkpoints" else folder.parent
+    is_run = [any(folder.glob(name)) for name in ("*tfevents*", "config.yaml", "checkpoints/*.ckpt")]
+    versions = sorted(folder.glob("version_*"), key=lambda version: version.stat().st_mtime)
+    if not any(is_run) and versions:
+        return versions[-1]
+    if not any(is_run):
+        raise ValueError(f"{path} is no run's folder: it has no event files, no config.yaml and no checkpoints")
+    return folder
+
+
+def read(folder: Path) -> Run:
+    """All there is in a run's folder; what can't be read becomes a note."""
+    run = Run(folder)
+    for name in "tensorboard", "tensorflow":
+        logging.getLogger(name).setLevel(logging.ERROR)
+    board = EventAccumulator(str(folder), size_guidance={"scalars": 0, "tensors": 0})
+    try:
+        board.Reload()
+    except Exception as error:  # whatever half a file makes the reader say
+        run.notes.append(f"The event files could be read in part only: {str(error)[:200]}")
+    tags, times = board.Tags(), list[float]()
+    for tag in tags["scalars"]:
+        shift = 0 if tag.startswith(("samples/", "look_inside/")) else 1  # Lightning counts from 0
+        events = board.Scalars(tag)
+        run.curves[tag] = [(event.step + shift, event.value) for event in events if math.isfinite(event.value)]
+        times += [event.wall_time for event in events]
+    run.curves = {tag: curve for tag, curve in run.curves.items() if curve}
+    run.seconds = max(times) - min(times) if times else math.nan
+    for tag in tags["tensors"]:
+        if tag.endswith("/text_summary"):
+            run.texts[tag.removesuffix("/text_summary")] = [
+                (event.step, event.tensor_proto.string_val[0].decode(errors="replace")) for event in board.Tensors(tag)
+            ]
+    if not run.curves:
+        run.notes.append("No curves: there are no event files, or nothing is in them yet.")
+    for name in "best", "last":
+        path = folder / "checkpoints" / f"{name}.ckpt"
+        if run.saved is None and path.exists():
+            try:
+                run.saved, run.ckpt = checkpoint.read_strictly(path), path
+            except (ValueError, OSError) as error:
+                run.notes.append(f"No look at {name}.ckpt: {error}.")
+    if run.saved is None:
+        run.notes.append("No checkpoint, so nothing from inside the net.")
+    try:
+        run.config = (folder / "config.yaml").read_text()
+        yaml.safe_load(run.config)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        run.config = (run.saved or {}).get("config", "")
+        run.notes.append("No config.yaml that can be read" + (": this is the checkpoint's." if run.config else "."))
+    most = run.settings.get("trainer.max_steps", "")
+    if most.isdecimal() and run.steps < int(most):
+        run.notes.append(f"Step {run.steps:,} of {int(most):,}: the run was stopped, or is still going.")
+    return run
+
+
+def passage(data: dict[str, Any], block_size: int, tokenizer) -> torch.Tensor:
+    """The first block_size + 1 tokens of the validation text that a run's data settings name.
+
+    Raises:
+        OSError, ValueError: the text is not there any more, or is another one.
+    """
+    if data.get("tokens"):
+        file = data["tokens"].split(",")[1]
+        return torch.from_numpy(np.fromfile(file, data["token_type"], block_size + 1).astype(np.int64))
+    text = Path(data.get("corpus") or TINY_SHAKESPEARE).read_bytes().decode("utf-8-sig")
+    split = data.get("split", 0.9)
+    start = int((split if isinstance(split, float) else split[0]) * len(text))
+    return tokenizer.encode(text[start : start + block_size + 1])
+
+
+# --- the page ---------------------------------------------------------------------------------------------------------
+
+STYLE = """
+:root { color-scheme: light; --ink: #1c2330; --soft: #5d6778; --line: #e3e6ec; --accent: #2458c5; }
+* { box-sizing: border-box; }
+body { margin: 0; background: #f6f7f9; color: var(--ink); font: 16px/1.5 system-ui, sans-serif; }
+main { max-width: 1200px; margin: 0 auto; padding: 24px 16px 64px; }
+h1 { font-size: 28px; margin: 0 0 4px; overflow-wrap: anywhere; }
+h2 { font-size: 20px; margin: 40px 0 12px; }
+h3 { font-size: 16px; margin: 20px 0 8px; overflow-wrap: anywhere; }
+p { margin: 8px 0; max-width: 75ch; }
+.soft, figcaption { color: var(--soft); font-size: 14px; }
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(140px, 1fr)); gap: 12px; margin: 20px 0; }
+.card, figure, .box { background: #fff; border: 1px solid var(--line); border-radius: 8px; padding: 12px; margin: 0; }
+.card b { display: block; font-size: 22px; font-variant-numeric: tabular-nums; }
+.grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 480px), 1fr)); gap: 12px; }
+.wide { overflow-x: auto; margin: 12px 0; }
+img { display: block; max-width: 100%; height: auto; margin: 0 auto; }
+pre { white-space: pre-wrap; overflow-wrap: anywhere; font: 13px/1.45 ui-monospace, monospace; margin: 0; }
+.text { font: 16px/1.9 ui-monospace, monospace; overflow-wrap: anywhere; max-width: none; }
+.text span { padding: 3px 0; border-radius: 2px; }
+table { border-collapse: collapse; font-size: 14px; width: 100%; }
+th, td { text-align: left; padding: 6px 12px 6px 0; border-bottom: 1px solid var(--line); vertical-align: top; }
+td { font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
+th { white-space: nowrap; }
+.note { border-left: 4px solid #d29a1c; background: #fff8e6; padding: 8px 12px; }
+summary { cursor: pointer; color: var(--accent); }
+@media (max-width: 700px) { .wide img { max-width: none; width: 720px; } .wide table { min-width: 640px; } }
+"""
+
+
+class Page:
+    """HTML as it grows; every figure is a PNG in the folder and, the same bytes, in the page."""
+
+    def __init__(self, title: str, folder: Path):
+        self.title, self.folder, self.parts = title, folder, list[str]()
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def add(self, html: str) -> None:
+        self.parts.append(html)
+
+    def figure(self, name: str, drawn: "Figure", caption: str = "", wide: bool = False) -> None:
+        buffer = io.BytesIO()
+        drawn.savefig(buffer, format="png", dpi=100 if wide else 160)
+        (self.folder / f"{name}.png").write_bytes(buffer.getvalue())
+        title = drawn.get_suptitle()
+        below = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
+        source = base64.b64encode(buffer.getvalue()).decode()
+        kind = ' class="wide"' if wide else ""
+        self.add(f'<figure{kind}><img alt="{escape(title)}" src="data:image/png;base64,{source}">{below}</figure>')
+
+    def write(self) -> Path:
+        path = self.folder / "report.html"
+        path.write_text(
+            '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+            '<meta name="viewport" content="width=device-width, initial-scale=1">'
+            f'<link rel="icon" href="data:,"><title>{escape(self.title)}</title>'
+            f"<style>{STYLE}</style></head>\n<body><main>\n" + "\n".join(self.parts) + "\n</main></body></html>\n",
+            encoding="utf-8",
+        )
+        return path
+
+
+def number(value: float, digits: int = 3) -> str:
+    return "–" if math.isnan(value) else f"{value:,.{digits}f}"
+
+
+def duration(seconds: float) -> str:
+    if math.isnan(seconds):
+        return "–"
+    minutes, hours = int(seconds / 60), int(seconds / 3600)
+    return (
+        f"{hours} h {minutes % 60} min"
+        if hours
+        else f"{minutes} min {seconds % 60:.0f} s"
+        if minutes
+        else f"{seconds:.1f} s"
+    )
+
+
+def parameters(run: Run) -> str:
+    weights = (run.saved or {}).get("state_dict", {})
+    size = sum(w.numel() for name, w in weights.items() if name.startswith("net."))
+    if (run.saved or {}).get("hyper_parameters", {}).get("tie_embeddings"):
+        size -= weights["net.lm_head.weight"].numel()
+    return f"{size / 1e6:.2f}M" if size else "–"
+
+
+def summary(run: Run) -> dict[str, str]:
+    """What one wants to know first."""
+    return {
+        "best val/loss": number(run.least("val/loss"), 4),
+        "last val/loss": number(run.last("val/loss"), 4),
+        "best bits per character": number(run.least("val/bpc")),
+        "gap to the train loss, last": number(run.last("val/gap")),
+        "steps": f"{run.steps:,}",
+        "parameters": parameters(run),
+        "tokens per second": number(run.last("perf/tokens_per_second"), 0),
+        "first to last event": duration(run.seconds),
+    }
+
+
+def sample_parts(text: str) -> tuple[str, str]:
+    """A logged sample's own words, and what is said of it below."""
+    found = re.fullmatch(r"```\n(.*?)\n```\s*(.*)", text, re.S)
+    return (found[1], found[2]) if found else (text, "")
+
+
+def add_curves(page: Page, run: Run) -> None:
+    from .plots import draw_curves
+
+    def some(*tags: str) -> dict[str, "Curve"]:
+        return {tag: run.curves[tag] for tag in tags if tag in run.curves}
+
+    ratios = some(*(tag for tag in run.curves if tag.startswith("update_ratio/")))
+    groups = [
+        (
+            "loss",
+            "Loss",
+            "nats per token",
+            some("train/loss", "val/loss"),
+            "The train loss is of one batch, with dropout.",
+        ),
+        (
+            "gap",
+            "Gap: validation less training",
+            "nats",
+            some("val/gap"),
+            "Where it rises, the text is learnt by heart.",
+        ),
+        ("rates", "Learning rates", "rate", some("train/lr", "train/muon_lr"), ""),
+        ("gradient", "Norm of the gradient", "norm, before it is clipped", some("train/grad_norm"), ""),
+        ("ratios", "Update over weights, per layer", "share", {tag[13:]: c for tag, c in ratios.items()}, ""),
+        ("speed", "Speed", "tokens per second", some("perf/tokens_per_second"), ""),
+        (
+            "copies",
+            "Longest run copied",
+            "characters",
+            some("samples/longest_copy"),
+            "Word for word from the training text.",
+        ),
+    ]
+    page.add("<h2>Curves</h2><div class=grid>")
+    for name, title, unit, curves, caption in groups:
+        if curves:
+            positive = all(value > 0 for curve in curves.values() for _, value in curve)
+            page.figure(name, draw_curves(curves, title, unit, log=name == "ratios" and positive), caption)
+    page.add("</div>")
+
+
+def add_samples(page: Page, run: Run, shown: int = SAMPLES_SHOWN) -> None:
+    samples = {tag: texts for tag, texts in run.texts.items() if tag.startswith("samples")}
+    if not samples:
+        return
+    page.add("<h2>The same prompts over time</h2>")
+    for tag, texts in samples.items():
+        page.add(f"<h3>{escape(tag.removeprefix('samples').strip('/') or 'samples')}</h3><div class=grid>")
+        chosen = {round(i * (len(texts) - 1) / max(1, shown - 1)) for i in range(shown)}
+        for step, text in (texts[i] for i in sorted(chosen)):
+            words, below = sample_parts(text)
+            page.add(
+                f"<div class=box><p class=soft>step {step:,}</p><pre>{escape(words)}</pre>"
+                f"<p class=soft>{escape(below)}</p></div>"
+            )
+        page.add("</div>")
+
+
+def add_inside(page: Page, run: Run) -> None:
+    """Figures of the checkpoint that read() found."""
+    from .plots import figures, label, losses
+
+    if run.ckpt is None or run.saved is None:
+        return
+    try:
+        net, tokenizer = checkpoint.load(run.ckpt)
+        ids = passage(run.saved["datamodule_hyper_parameters"], net.config.block_size, tokenizer)
+        if len(ids) < 2:
+            raise ValueError("the validation text is gone")
+    except (ValueError, OSError) as error:
+        page.add(f"<p class=note>No look inside the net: {escape(str(error))}</p>")
+        return
+    page.add(f"<h2>Inside {escape(run.ckpt.name)}</h2><p>It reads the beginning of the validation text.</p>")
+    values, worst = losses(net, ids), math.log(len(tokenizer)) + 1
+    letters = []
+    for i, value in zip(ids[1:].tolist(), values.tolist(), strict=True):
+        red = 100 - 50 * min(1.0, value / worst)
+        colour = f"background:hsl(12 85% {red:.0f}%)" + (";color:#fff" if red < 62 else "")
+        sign = label(tokenizer, i)
+        wrap = "<br>" if sign == "↵" else "<wbr>" if sign == "␣" else ""
+        letters.append(f'<span style="{colour}" title="{value:.2f} nats">{escape(sign)}</span>{wrap}')
+    page.add(
+        f"<h3>Which letters surprise it: {values.mean():.3f} nats on average</h3>"
+        f'<div class="box text">{"".join(letters)}</div>'
+    )
+    for name, drawn in figures(net, tokenizer, ids, SHOWN):
+        page.figure(name, drawn, wide=True)
+
+
+def add_repeat(page: Page, run: Run) -> None:
+    hardware = run.texts.get("hardware", [(0, "not recorded")])[-1][1]
+    place, me = os.path.relpath(run.folder), program()
+    commands = [f"{me} fit --config {place}/config.yaml"]
+    if run.ckpt is not None:
+        path = os.path.relpath(run.ckpt)
+        commands += [f"{me} validate --ckpt_path {path}", f"{me} generate --ckpt_path {path}"]
+    page.add(
+        f"<h2>Hardware and config</h2><p>{escape(hardware)}</p><h3>To repeat it, measure it, hear it</h3>"
+        f"<div class=box><pre>{escape(chr(10).join(commands))}</pre></div><h3>Config</h3><details class=box>"
+        f"<summary>config.yaml</summary><pre>{escape(run.config)}</pre></details>"
+    )
+
+
+def add_comparison(page: Page, runs: list[Run]) -> None:
+    from .plots import draw_curves
+
+    columns = [summary(run) for run in runs]
+    head = "".join(f"<th>{escape(run.name)}</th>" for run in runs)
+    rows = "".join(
+        f"<tr><th>{escape(row)}</th>" + "".join(f"<td>{escape(column[row])}</td>" for column in columns) + "</tr>"
+        for row in columns[0]
+    )
+    page.add(
+        f'<div class="box wide"><table><tr><th></th>{head}</tr>{rows}</table></div><h2>Curves</h2><div class=grid>'
+    )
+    for tag, title, unit in (
+        ("val/loss", "Validation loss", "nats per token"),
+        ("train/loss", "Train loss", "nats per token"),
+        ("perf/tokens_per_second", "Speed", "tokens per second"),
+        ("samples/longest_copy", "Longest run copied", "characters"),
+    ):
+        curves = {
+            f"{run.name} {tag}" if "val" in tag else run.name: run.curves[tag] for run in runs if tag in run.curves
+        }
+        if curves:
+            page.figure(tag.replace("/", "_"), draw_curves(curves, title, unit))
+    page.add("</div><h2>Where their settings differ</h2>")
+    settings = [run.settings for run in runs]
+    names = sorted(name for name in set().union(*settings) if len({s.get(name) for s in settings}) > 1)
+    rows = "".join(
+        f"<tr><th>{escape(name)}</th>" + "".join(f"<td>{escape(s.get(name, '–'))}</td>" for s in settings) + "</tr>"
+        for name in names
+    )
+    page.add(f'<div class="box wide"><table><tr><th></th>{head}</tr>{rows}</table></div>')
+    page.add("<h2>Their last words</h2>")
+    for run in runs:
+        page.add(f"<h3>{escape(run.name)}</h3><div class=grid>")
+        for tag, texts in run.texts.items():
+            if tag.startswith("samples"):
+                words, below = sample_parts(texts[-1][1])
+                page.add(f"<div class=box><pre>{escape(words)}</pre><p class=soft>{escape(below)}</p></div>")
+        page.add("</div>")
+
+
+def report(runs: list[str], output: str | None = None) -> None:
+    """Make one HTML page of a run, or of several side by side, that needs no network; its figures are PNGs beside it.
+
+    Args:
+        runs: their folders.
+        output: the folder to write report.html into; null is `report` in the run's folder, or in the one that all
+            these runs are in.
+    """
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise ValueError("report draws with matplotlib: pip install 'tiny-lightning-gpt[plots]'") from None
+    paths = runs or [str(path.parents[1]) for path in [checkpoint.find("last")]]
+    found = [read(find(path)) for path in paths]
+    place = os.path.commonpath([run.folder.absolute() for run in found])
+    title = found[0].name if len(found) == 1 else f"{len(found)} runs"
+    page = Page(title, Path(output) if output else Path(place) / "report")
+    page.add(f"<h1>{escape(title)}</h1>")
+    for run in found:
+        whose = "" if len(found) == 1 else f"{run.name}: "
+        for note in run.notes:
+            page.add(f"<p class=note>{escape(whose + note)}</p>")
+    if len(found) > 1:
+        add_comparison(page, found)
+    else:
+        cards = "".join(f"<div class=card><b>{escape(v)}</b>{escape(k)}</div>" for k, v in summary(found[0]).items())
+        page.add(f"<div class=cards>{cards}</div>")
+        for part in add_curves, add_samples, add_inside, add_repeat:
+            part(page, found[0])
+    print(os.path.relpath(page.write()))
