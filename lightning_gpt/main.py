@@ -47,10 +47,10 @@ def do(args: list[str]) -> None:
         function = getattr(import_module(f".{COMMANDS[args[0]]}", __package__), args[0])
         parser = Parser(prog=f"lightning-gpt {args[0]}", description=function.__doc__.split("\n")[0])
         parser.add_argument("--config", action="config", help="A YAML file with any of these options.")
-        given: set[str | int] = {"runs"} & signature(function).parameters.keys()  # without a flag
+        given = [name for name in signature(function).parameters if name == "runs"]  # without a flag
         for name in given:
-            parser.add_argument(str(name), nargs="*", help="Folders of runs; none is the newest.")
-        parser.add_function_arguments(function, skip=given)
+            parser.add_argument(name, nargs="*", help="Folders of runs; none is the newest.")
+        parser.add_function_arguments(function, skip=set(given))
         options = parser.parse_args(args[1:])
         function(**{key: value for key, value in options.items() if key != "config"})
     elif args[0] not in TRAINING and not args[0].startswith("-"):

@@ -164,7 +164,7 @@ h2 { font-size: 20px; margin: 40px 0 12px; }
 h3 { font-size: 16px; margin: 20px 0 8px; overflow-wrap: anywhere; }
 p { margin: 8px 0; max-width: 75ch; }
 .soft, figcaption { color: var(--soft); font-size: 14px; }
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(140px, 1fr)); gap: 12px; margin: 20px 0; }
+.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(125px, 1fr)); gap: 12px; margin: 20px 0; }
 .card, figure, .box { background: #fff; border: 1px solid var(--line); border-radius: 8px; padding: 12px; margin: 0; }
 .card b { display: block; font-size: 22px; font-variant-numeric: tabular-nums; }
 .grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 480px), 1fr)); gap: 12px; }
