@@ -36,7 +36,7 @@ def label(tokenizer: CharTokenizer | TokenIds, i: int) -> str:
     )
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def streams(net: GPT, idx: Tensor) -> Tensor:
     """The residual stream of idx (1, T): into the first block, between blocks, out of the last; (L + 1, T, C)."""
     seen: list[Tensor] = []
@@ -47,7 +47,7 @@ def streams(net: GPT, idx: Tensor) -> Tensor:
     return torch.cat([*seen, last])
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def attention_of(layer: CausalSelfAttention, x: Tensor, rotary: Tensor | None) -> Tensor:
     """How much each place looks at each other, (H, T, T), by the layer's own forward on x (1, T, C).
 
@@ -72,7 +72,7 @@ def attention_of(layer: CausalSelfAttention, x: Tensor, rotary: Tensor | None) -
     return torch.cat(maps, -1)
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def attention_maps(net: GPT, idx: Tensor) -> list[Tensor]:
     """The attention weights of each layer over idx (1, T), each (H, T, T)."""
     seen: list[tuple] = []
@@ -84,13 +84,13 @@ def attention_maps(net: GPT, idx: Tensor) -> list[Tensor]:
     return [attention_of(layer, x, rotary) for layer, (x, rotary, _) in zip(layers, seen, strict=True)]
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def losses(net: GPT, ids: Tensor) -> Tensor:
     """The loss at each token of ids (T + 1,) but the first, in nats, (T,)."""
     return F.cross_entropy(net(ids[None, :-1])[0].float(), ids[1:], reduction="none")
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def position_similarity(net: GPT) -> Tensor:
     """Cosine of each pair of positions, (T, T): of their learned vectors, or of one vector turned by their angles."""
     if net.config.position == "learned":
@@ -160,7 +160,7 @@ def draw_losses(values: Tensor, labels: Sequence[str], most: float, title: str) 
 
 def draw_lens(net: GPT, between: Tensor, ids: Tensor, labels: Sequence[str], tokenizer, title: str) -> Figure:
     """What the head would say after each layer; between (L + 1, T, C), ids and labels (T + 1,)."""
-    with torch.inference_mode():
+    with torch.no_grad():
         odds = net.logits(between).float().softmax(-1)  # (L + 1, T, V)
     best, of_true = odds.argmax(-1).tolist(), odds.gather(-1, ids[1:].expand(len(odds), -1)[..., None])[..., 0]
     T = len(ids) - 1

@@ -1,0 +1,284 @@
+"""What is looked at while it trains, and afterwards: true, complete, and without a trace in what is trained."""
+
+import base64
+import math
+import re
+import shutil
+import sys
+from html.parser import HTMLParser
+
+import lightning as L
+import pytest
+import torch
+from conftest import TINY, T, V, loud
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lightning.pytorch.loggers import TensorBoardLogger
+from test_cli import scalars
+from test_training import RECIPE, fit
+
+from lightning_gpt.callbacks import SampleText, Throughput
+from lightning_gpt.look_inside import LookInside
+from lightning_gpt.main import main
+from lightning_gpt.memorisation import Copies
+from lightning_gpt.model import GPT, GPTConfig
+from lightning_gpt.plots import attention_maps, attention_of, losses, position_similarity, streams
+from lightning_gpt.training import next_token_loss
+from lightning_gpt.vitals import Vitals, layer_of
+
+# --- nothing is changed -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model", [{}, RECIPE], ids=["adamw", "muon and average"])
+def test_training_is_the_same_to_the_bit_whoever_watches(tmp_path, model):
+    alone, losses_alone, _ = fit(tmp_path, 9, model=model)
+    watchers = [Vitals(), Throughput(), SampleText(length=5, console_length=0), LookInside(shown=5)]
+    board = TensorBoardLogger(tmp_path, "board")
+    watched, same, _ = fit(tmp_path, 9, model=model, callbacks=watchers, logger=board, log_every_n_steps=2)
+    assert same == losses_alone and all(torch.equal(watched[name], alone[name]) for name in alone)
+    assert any(tag.startswith("look_inside/") for tag in scalars(board.log_dir)[1].Tags()["images"])
+
+
+# --- figures of the training ------------------------------------------------------------------------------------------
+
+
+class Weights(L.Callback):
+    def __init__(self):
+        self.after = []
+
+    def on_train_start(self, trainer, lm):
+        self.after = [{name: p.detach().clone() for name, p in lm.net.named_parameters()}]
+
+    def on_train_batch_end(self, trainer, lm, *_):
+        if trainer.global_step == len(self.after):
+            self.after.append({name: p.detach().clone() for name, p in lm.net.named_parameters()})
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_an_update_ratio_is_the_step_over_the_weights(tmp_path, accumulate):
+    watch, board = Weights(), TensorBoardLogger(tmp_path, "board")
+    how = dict(callbacks=[Vitals(), watch], logger=board, log_every_n_steps=2, accumulate_grad_batches=accumulate)
+    fit(tmp_path, 4, **how)
+    values, _ = scalars(board.log_dir)
+    logged = {tag.removeprefix("update_ratio/"): curve for tag, curve in values.items() if "update_ratio" in tag}
+    assert set(logged) == {"embeddings", "h.0", "h.1", "head"}
+    for layer, curve in logged.items():
+        assert [step for step, _ in curve] == [1, 3] == [step for step, _ in values["train/loss"]]
+        for step, ratio in curve:
+            old, new = watch.after[step], watch.after[step + 1]
+            names = [name for name in new if layer_of(name) == layer]
+            moved = sum((new[name] - old[name]).square().sum() for name in names)
+            assert ratio == pytest.approx(float((moved / sum(new[name].square().sum() for name in names)).sqrt()))
+
+
+def test_best_and_gap_outlive_a_resume(tmp_path, text_file):
+    how = [f"--data.corpus={text_file}", f"--trainer.default_root_dir={tmp_path}", "--trainer.log_every_n_steps=5"]
+    main(["fit", *TINY, *how, "--trainer.val_check_interval=3"])
+    last = tmp_path / "tiny" / "version_0" / "checkpoints" / "last.ckpt"
+    main(["fit", f"--ckpt_path={last}", *how[1:], "--trainer.max_steps=7", "--model.learning_rate=3"])  # no step to log
+    values, board = scalars(tmp_path / "tiny" / "version_0")
+    values = {tag: dict(curve) for tag, curve in values.items()}
+    assert values["val/loss"][6] > values["val/loss"][4] == min(values["val/loss"].values())
+    assert values["val/best"][6] == values["val/loss"][4]
+    assert values["val/gap"][6] == pytest.approx(values["val/loss"][6] - values["train/loss"][4], abs=1e-5)
+    assert values["train/bpc"][4] == pytest.approx(values["train/loss"][4] / math.log(2))
+    assert set(board.PluginTagToContent("hparams")) == {"_hparams_/experiment", "_hparams_/session_start_info"}
+
+
+@given(st.text("ab", min_size=1, max_size=60), st.text("ab", max_size=40), st.sampled_from([2, 2**13, 2**40]))
+@settings(max_examples=60, deadline=None)
+def test_copied_runs_are_those_of_a_search_through_all_of_them(text, words, vocab_size):
+    ids = {
+        name: torch.tensor([vocab_size - 1 - (c == "a") for c in s]) for name, s in (("text", text), ("words", words))
+    }
+    copies = Copies(ids["text"], vocab_size)
+    start, length, share = copies.find(ids["words"])
+    runs = {words[i:j] for i in range(len(words)) for j in range(i + copies.n, len(words) + 1)}
+    assert length == max((len(run) for run in runs if run in text), default=0)
+    assert words[start : start + length] in text
+    grams = [words[i : i + copies.n] for i in range(len(words) - copies.n + 1)]
+    assert share == pytest.approx(sum(gram in text for gram in grams) / max(1, len(grams)))
+
+
+# --- inside the net ---------------------------------------------------------------------------------------------------
+
+
+def test_attention_maps_times_the_values_are_what_the_layer_says(any_net, idx):
+    x, rotary = torch.randn(1, T, 16, dtype=torch.float64), None
+    if any_net.config.position == "rotary":
+        rotary = any_net.rotary[:, :T].double()
+    for block in any_net.h:
+        maps = attention_of(block.attn, x, rotary)  # 12 places, and 8 of them are told at a time
+        assert not maps.triu(1).any() and torch.allclose(maps.sum(-1), torch.ones(2, T).double())
+        values = block.attn.c_attn(x)[0, :, 32:].view(T, 2, 8).transpose(0, 1)
+        by_hand = block.attn.c_proj((maps @ values).transpose(0, 1).flatten(1))
+        torch.testing.assert_close(block.attn(x, rotary)[0], by_hand, rtol=0, atol=1e-12)
+    assert len(attention_maps(any_net, idx[:1])) == 3
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in any_net.modules())
+
+
+def test_the_first_layer_looks_with_the_embeddings_eyes(any_net, idx):
+    seen = streams(any_net, idx[:1])
+    rotary = any_net.rotary[:, :T] if any_net.config.position == "rotary" else None
+    for layer, maps in enumerate(attention_maps(any_net, idx[:1])):
+        by_hand = attention_of(any_net.h[layer].attn, any_net.h[layer].ln_1(seen[layer][None]), rotary)
+        torch.testing.assert_close(maps, by_hand, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("n_layer", [0, 3])
+def test_the_last_stream_makes_the_logits(n_layer, idx):
+    net = loud(GPT(GPTConfig(V, T, n_layer, n_head=2, n_embd=16, dropout=0.0)))
+    seen = streams(net, idx[:1])
+    assert seen.shape == (n_layer + 1, T, 16)
+    torch.testing.assert_close(net.logits(seen[-1:]), net(idx[:1]), rtol=0, atol=1e-12)
+    torch.testing.assert_close(seen[:1], net.wte(idx[:1]) + net.wpe.weight, rtol=0, atol=1e-12)
+
+
+def test_the_losses_of_characters_make_up_the_loss(any_net, idx):
+    ids = idx.flatten()[: T + 1]
+    assert losses(any_net, ids).mean() == pytest.approx(next_token_loss(any_net, ids[None, :-1], ids[None, 1:]).item())
+
+
+def test_positions_are_alike_by_their_cosine(any_net):
+    similarity = position_similarity(any_net)
+    if any_net.config.position == "learned":
+        a, b = any_net.wpe.weight[[3, 7]]
+        assert similarity[3, 7] == pytest.approx(float(a @ b / a.norm() / b.norm()))
+    else:  # by their distance alone
+        assert torch.allclose(similarity[:-2, 2:].diagonal(), similarity[0, 2]) and similarity[0, 2] < 0.9
+
+
+KINDS = {
+    "bigram": ["--model.n_layer=0"],
+    "tied n-grams and average": ["--model.tie_embeddings=true", "--model.ngram=3", "--model.ema_decay=0.9"],
+    "modern in bfloat16": ["--model.position=rotary", "--model.norm=rms", "--trainer.precision=bf16-true"],
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_net_is_drawn(kind, tmp_path, text_file):
+    how = [*KINDS[kind], f"--data.corpus={text_file}", f"--trainer.default_root_dir={tmp_path}"]
+    main(["fit", *TINY, "--config=look_inside", "--trainer.callbacks.shown=4", *how])
+    drawn = set(scalars(tmp_path / "tiny" / "version_0")[1].Tags()["images"])
+    expected = {"loss_per_character", "prediction_per_layer", "token_embeddings", "position_similarity"}
+    expected |= set() if kind == "bigram" else {"attention_layer_01"}
+    assert drawn == {f"look_inside/{name}" for name in expected}
+    assert len((next(tmp_path.rglob("metadata.tsv"))).read_text().splitlines()) == 32  # the projector's, one a token
+
+
+@pytest.mark.parametrize("passage, message", [("the €uro", "'€'"), ("t", "too short")])
+def test_a_passage_that_can_not_be_read_is_named(passage, message, fails, text_file, tmp_path):
+    how = [f"--data.corpus={text_file}", f"--trainer.default_root_dir={tmp_path}"]
+    said = fails("fit", *TINY, "--config=look_inside", f"--trainer.callbacks.passage={passage}", *how)
+    assert "passage" in said and message in said
+
+
+def test_without_matplotlib_training_goes_on_and_says_what_to_install(tmp_path, text_file, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "lightning_gpt.plots", None)
+    how = [f"--data.corpus={text_file}", f"--trainer.default_root_dir={tmp_path}"]
+    main(["fit", *TINY, "--config=look_inside", *how])
+    said = [line for line in capsys.readouterr().out.splitlines() if "LookInside" in line]
+    assert len(said) == 1 and "[plots]" in said[0]
+    assert list(tmp_path.rglob("last.ckpt"))
+
+
+# --- the report -------------------------------------------------------------------------------------------------------
+
+
+class Seen(HTMLParser):
+    """Tags that were opened and closed, and what the page refers to."""
+
+    EMPTY = {"meta", "link", "img", "br", "wbr"}
+
+    def __init__(self, html):
+        super().__init__()
+        self.open, self.sources, self.text = [], [], ""
+        self.feed(html)
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.sources += [value for name, value in attrs if name in ("src", "href")]
+        if tag not in self.EMPTY:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+
+@pytest.fixture(scope="module")
+def watched(tmp_path_factory, text_file):
+    """The folder of a run with some of all curves."""
+    root = tmp_path_factory.mktemp("watched")
+    how = ["--trainer.log_every_n_steps=1", "--trainer.val_check_interval=2", "--sample.prompts=[<b>the]"]
+    corpus = root / "tags.txt"
+    corpus.write_text(text_file.read_text() + "<b>")
+    main(["fit", *TINY, *how, f"--data.corpus={corpus}", f"--trainer.default_root_dir={root}"])
+    return root / "tiny" / "version_0"
+
+
+def page_of(tmp_path, *runs):
+    main(["report", *map(str, runs), "--output", str(tmp_path / "page")])
+    return Seen((tmp_path / "page" / "report.html").read_text())
+
+
+def test_a_report_is_one_page_that_needs_nothing_else(watched, tmp_path, capsys):
+    page = page_of(tmp_path, watched)
+    pictures = {base64.b64decode(s.removeprefix("data:image/png;base64,")) for s in page.sources if len(s) > 9}
+    assert all(source.startswith("data:") for source in page.sources) and "http" not in page.text
+    assert pictures == {file.read_bytes() for file in (tmp_path / "page").glob("*.png")} and len(pictures) == 11
+    values, _ = scalars(watched)
+    assert f"{min(value for _, value in values['val/loss']):.4f}" in page.text
+    assert page.text.count("<b>the") == 5  # heading, samples of steps 2, 4 and 5, config: as text
+    assert all(
+        words in page.text for words in ("step 5", "max_steps: 5", "1 x cpu", "fit --config", "note") if words != "note"
+    )
+    assert "page/report.html" in capsys.readouterr().out
+
+
+def test_runs_side_by_side_show_where_they_differ(watched, run, tmp_path):
+    page = page_of(tmp_path, watched, run.parent)  # of a folder of versions, the newest
+    assert "sample.prompts" in page.text and "model.n_layer" not in page.text
+    assert {file.stem for file in (tmp_path / "page").glob("*.png")} >= {"val_loss", "train_loss"}
+
+
+@pytest.mark.parametrize("left", [0, 7, 0.9, 0.999])
+def test_half_an_event_file_shows_what_there_is(left, watched, tmp_path):
+    half = shutil.copytree(watched, tmp_path / "half")
+    (events,) = half.glob("*tfevents*")
+    data = events.read_bytes()
+    events.write_bytes(data[: left if isinstance(left, int) else int(left * len(data))])
+    (half / "checkpoints" / "best.ckpt").write_bytes(b"no checkpoint")
+    page = page_of(tmp_path, half)
+    assert "No look at best.ckpt" in page.text and "Inside last.ckpt" in page.text
+    assert ("No curves" in page.text) == (left in (0, 7))
+
+
+def test_what_is_missing_is_said(watched, tmp_path):
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    config = (watched / "config.yaml").read_text()
+    (bare / "config.yaml").write_text(config.replace("max_steps: 5", "max_steps: 5000"))
+    page = page_of(tmp_path, bare)
+    assert all(words in page.text for words in ("No curves", "No checkpoint", "Step 0 of 5,000", "not recorded"))
+    moved = shutil.copytree(watched, tmp_path / "moved", ignore=shutil.ignore_patterns("config.yaml"))
+    corpus = watched.parents[1] / "tags.txt"
+    corpus.rename(tmp_path / "tags.txt")
+    page = page_of(tmp_path, moved)
+    (tmp_path / "tags.txt").rename(corpus)
+    assert "this is the checkpoint's" in page.text and "No look inside" in page.text
+
+
+@pytest.mark.parametrize("path, message", [("none", "does not exist"), ("empty", "no run's folder")])
+def test_a_report_on_no_run_says_so(path, message, fails, tmp_path):
+    (tmp_path / "empty").mkdir()
+    assert message in fails("report", tmp_path / path)
+
+
+def test_the_newest_run_is_reported_where_none_is_named(watched, tmp_path, monkeypatch, capsys):
+    shutil.copytree(watched, tmp_path / "checkpoints" / "tiny" / "version_3")
+    monkeypatch.chdir(tmp_path)
+    main(["report"])
+    assert re.search(r"checkpoints/tiny/version_3/report/report.html", capsys.readouterr().out)
