@@ -9,6 +9,10 @@ install: .venv/installed  ## make .venv and install the package into it
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt --editable .
 	touch $@
 
+.venv/plots: .venv/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt --editable '.[plots]'
+	touch $@
+
 .venv/dev: .venv/installed
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt --editable '.[dev]'
 	touch $@
@@ -21,6 +25,9 @@ generate: .venv/installed  ## write text from the newest best checkpoint
 
 board: .venv/installed  ## look at the runs: TensorBoard on http://127.0.0.1:6006
 	$(BIN)/tensorboard --logdir checkpoints --host 127.0.0.1 --samples_per_plugin text=1000,images=1000
+
+report: .venv/plots  ## make a page about the newest run: curves, samples, attention
+	$(BIN)/lightning-gpt report
 
 test: .venv/dev  ## pass the tests, in two minutes
 	$(BIN)/pytest -m "not slow"
@@ -40,4 +47,4 @@ clean:  ## remove what can be rebuilt; runs below checkpoints/ stay
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 
 .DEFAULT_GOAL := help
-.PHONY: help install train generate board test test-all bench lint clean
+.PHONY: help install train generate board report test test-all bench lint clean

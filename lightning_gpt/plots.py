@@ -123,7 +123,7 @@ def draw_attention(maps: Tensor, labels: Sequence[str], title: str) -> Figure:
         left, top = gap + h % columns * (side + gap), 0.65 + h // columns * (side + gap)
         place = (left / figure.get_figwidth(), 1 - (top + side) / height, side / figure.get_figwidth(), side / height)
         panel = figure.add_axes(place)
-        panel.imshow(maps[h].float().cpu(), cmap="Blues", norm=PowerNorm(0.5, 0, 1))
+        panel.imshow(maps[h].float().cpu().numpy(), cmap="Blues", norm=PowerNorm(0.5, 0, 1))
         panel.set_title(f"head {h + 1}", fontsize=9, pad=3)
         panel.set_xticks(range(T), labels, fontsize=7)
         panel.set_yticks(range(T), labels, fontsize=7)
@@ -131,27 +131,22 @@ def draw_attention(maps: Tensor, labels: Sequence[str], title: str) -> Figure:
     return figure
 
 
+def write(ax: Axes, x: int, y: int, text: str, dark: bool) -> None:
+    size = 9 if len(text) == 1 else 5
+    ax.text(x, y, text[:4], ha="center", va="center", fontsize=size, color="white" if dark else "black")
+
+
 def draw_losses(values: Tensor, labels: Sequence[str], most: float, title: str) -> Figure:
-    """The text itself, 64 tokens a line, each on a ground as dark as its loss; labels are those of values (T,)."""
-    T, columns = len(values), 64
+    """The text itself, 32 tokens a line, each on a ground as dark as its loss; labels are those of values (T,)."""
+    T, columns = len(values), 32
     rows = math.ceil(T / columns)
     grid = torch.full((rows * columns,), math.nan)
     grid[:T] = values.float().cpu()
-    figure, ax = axes(
-        f"{title}: {values.mean():.3f} nats on average; dark letters surprise the model", 11, 0.27 * rows + 1
-    )
-    image = ax.imshow(grid.view(rows, columns), cmap="Reds", vmin=0, vmax=most, aspect="auto")
+    title = f"{title}: {values.mean():.3f} nats on average; dark letters surprise the model"
+    figure, ax = axes(title, 7.6, 0.27 * rows + 0.8)
+    image = ax.imshow(grid.view(rows, columns).numpy(), cmap="Reds", vmin=0, vmax=most, aspect="auto")
     for t, (text, value) in enumerate(zip(labels, values.tolist(), strict=True)):
-        colour = "white" if value > 0.6 * most else "black"
-        ax.text(
-            t % columns,
-            t // columns,
-            text[:4],
-            ha="center",
-            va="center",
-            fontsize=9 if len(text) == 1 else 5,
-            color=colour,
-        )
+        write(ax, t % columns, t // columns, text, value > 0.6 * most)
     ax.set_xticks([])
     ax.set_yticks(range(rows), [str(1 + row * columns) for row in range(rows)], fontsize=7)
     figure.colorbar(image, ax=ax, aspect=8, pad=0.01, label="nats")
@@ -161,20 +156,16 @@ def draw_losses(values: Tensor, labels: Sequence[str], most: float, title: str) 
 def draw_lens(net: GPT, between: Tensor, ids: Tensor, labels: Sequence[str], tokenizer, title: str) -> Figure:
     """What the head would say after each layer; between (L + 1, T, C), ids and labels (T + 1,)."""
     with torch.no_grad():
-        odds = net.logits(between).float().softmax(-1)  # (L + 1, T, V)
-    best, of_true = odds.argmax(-1).tolist(), odds.gather(-1, ids[1:].expand(len(odds), -1)[..., None])[..., 0]
-    T = len(ids) - 1
-    names = ["embedding", *(f"layer {i}" for i in range(1, len(odds)))]
-    figure, ax = axes(
-        f"{title}: likeliest next character after each layer, green where the true one has high odds",
-        0.25 * T + 2, 0.25 * len(odds) + 1.4,
-    )  # fmt: skip
-    image = ax.imshow(of_true.cpu(), cmap="Greens", vmin=0, vmax=1, aspect="auto", origin="lower")
+        odds = net.logits(between).float().softmax(-1).cpu()  # (L + 1, T, V)
+    best, of_true = odds.argmax(-1).tolist(), odds[:, torch.arange(len(ids) - 1), ids[1:].cpu()]
+    L, T = len(odds) - 1, len(ids) - 1
+    title = f"{title}: its likeliest next character, green if the true one has high odds"
+    figure, ax = axes(title, max(7.6, 0.25 * T + 2), 0.25 * L + 1.65)
+    image = ax.imshow(of_true.numpy(), cmap="Greens", vmin=0, vmax=1, aspect="auto", origin="lower")
     for row, guesses in enumerate(best):
         for t, i in enumerate(guesses):
-            colour = "white" if of_true[row, t] > 0.6 else "black"
-            ax.text(t, row, label(tokenizer, i)[:4], ha="center", va="center", fontsize=8, color=colour)
-    ax.set_yticks(range(len(odds)), names, fontsize=8)
+            write(ax, t, row, label(tokenizer, i), bool(of_true[row, t] > 0.6))
+    ax.set_yticks(range(L + 1), ["embedding", *(f"layer {i}" for i in range(1, L + 1))], fontsize=8)
     ax.set_xticks(range(T), labels[:-1], fontsize=8)
     ax.set_xlabel("character read", fontsize=8)
     above = ax.secondary_xaxis("top")
@@ -204,7 +195,7 @@ def draw_embeddings(weight: Tensor, labels: Sequence[str], title: str) -> Figure
     plane = F.pad(u, (0, max(0, 2 - u.size(1))))[:, :2] * s[:2]
     share = s.square() / s.square().sum().clamp(min=1e-30)
     figure, ax = axes(f"{title}, on the plane where they differ most", 7, 6)
-    ax.scatter(plane[:, 0], plane[:, 1], s=0)  # for the limits of the axes
+    ax.scatter(plane[:, 0].numpy(), plane[:, 1].numpy(), s=0)  # for the limits of the axes
     for (a, b), text in zip(plane.tolist(), labels, strict=False):
         ax.text(a, b, text, ha="center", va="center", fontsize=10, color=KINDS[kind(text)])
     ax.set_xlabel(f"first direction, {share[0]:.0%} of the variance", fontsize=9)
@@ -219,7 +210,7 @@ def draw_embeddings(weight: Tensor, labels: Sequence[str], title: str) -> Figure
 def draw_positions(similarity: Tensor, title: str) -> Figure:
     """Cosines (T, T) of all pairs of positions."""
     figure, ax = axes(title, 5.6, 4.8)
-    image = ax.imshow(similarity.cpu(), cmap="RdBu_r", vmin=-1, vmax=1)
+    image = ax.imshow(similarity.cpu().numpy(), cmap="RdBu_r", vmin=-1, vmax=1)
     ax.set_xlabel("position in the context", fontsize=9)
     ax.set_ylabel("position in the context", fontsize=9)
     ax.tick_params(labelsize=8)

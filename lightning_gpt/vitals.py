@@ -25,7 +25,7 @@ LAYOUT = {
     "optimizer": {
         "learning rates": ["Multiline", ["train/lr", "train/muon_lr"]],
         "gradient norm": ["Multiline", ["train/grad_norm"]],
-        "update / weights, per layer (about 1e-3 is usual)": ["Multiline", ["update_ratio/.*"]],
+        "update / weights, per layer (AdamW: 1e-3 or so)": ["Multiline", ["update_ratio/.*"]],
     },
     "speed": {
         "tokens per second": ["Multiline", ["perf/tokens_per_second"]],
