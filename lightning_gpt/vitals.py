@@ -117,9 +117,10 @@ class Vitals(L.Callback):
             return
         loss = float(cast(LanguageModel, lm).val_metrics["loss"].compute())  # of all ranks
         self.best = min(self.best, loss)
-        lm.log("val/best", self.best)
+        several = trainer.world_size > 1  # all have the same figures, but Lightning warns if it is not to average
+        lm.log("val/best", self.best, sync_dist=several)
         if not math.isnan(self.train_loss):
-            lm.log("val/gap", loss - self.train_loss)
+            lm.log("val/gap", loss - self.train_loss, sync_dist=several)
 
     def on_train_start(self, trainer: L.Trainer, lm: L.LightningModule) -> None:
         if not trainer.is_global_zero:
