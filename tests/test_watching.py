@@ -17,6 +17,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from test_cli import scalars
 from test_training import RECIPE, fit
 
+from lightning_gpt import checkpoint
 from lightning_gpt.callbacks import SampleText, Throughput
 from lightning_gpt.look_inside import LookInside
 from lightning_gpt.main import main
@@ -163,7 +164,10 @@ def test_every_kind_of_net_is_drawn(kind, tmp_path, text_file):
     expected = {"loss_per_character", "prediction_per_layer", "token_embeddings", "position_similarity"}
     expected |= set() if kind == "bigram" else {"attention_layer_01"}
     assert drawn == {f"look_inside/{name}" for name in expected}
-    assert len((next(tmp_path.rglob("metadata.tsv"))).read_text().splitlines()) == 32  # the projector's, one a token
+    assert len(next(tmp_path.rglob("metadata.tsv")).read_text().splitlines()) == 32  # the projector's, one a token
+    rows = [line.split("\t") for line in next(tmp_path.rglob("tensors.tsv")).read_text().splitlines()]
+    net, _ = checkpoint.load(next(tmp_path.rglob("last.ckpt")))  # the average, where there is one
+    assert torch.allclose(torch.tensor([[float(number) for number in row] for row in rows]), net.wte.weight)
 
 
 @pytest.mark.parametrize("passage, message", [("the €uro", "'€'"), ("t", "too short")])
