@@ -131,6 +131,7 @@ class LanguageModel(L.LightningModule):
         self.captured: CapturedStep | None = None
         self.grad_norm: Tensor | None = None
         self.step_loss: Tensor = torch.zeros(())
+        self.logged_loss: Tensor | None = None
         metrics: dict[str, Metric | MetricCollection] = {
             "loss": MeanMetric(),
             "bpc": BitsPerCharacter(),
@@ -245,7 +246,7 @@ class LanguageModel(L.LightningModule):
         first = batch_idx % self.trainer.accumulate_grad_batches == 0
         self.step_loss = outputs["loss"] if first else self.step_loss + outputs["loss"]  # each is divided already
         if self.logs_after(batch_idx):
-            loss = self.step_loss.clone()  # a replayed step writes to the same place
+            loss = self.logged_loss = self.step_loss.clone()  # a replayed step writes to the same place
             self.log("train/loss", loss, sync_dist=self.trainer.world_size > 1)
             self.log("train/bpc", loss / math.log(2), sync_dist=self.trainer.world_size > 1)
             rates = {bool(group.get("muon")): group["lr"] for group in self.trainer.optimizers[0].param_groups}

@@ -88,10 +88,7 @@ class Vitals(L.Callback):
 
     @torch.no_grad()
     def on_train_batch_end(self, trainer: L.Trainer, lm: L.LightningModule, outputs, batch, batch_idx: int) -> None:
-        if not cast(LanguageModel, lm).logs_after(batch_idx):
-            return
-        self.train_loss = float(trainer.strategy.reduce(outputs["loss"].detach().clone()))
-        if not self.before:
+        if not self.before or not cast(LanguageModel, lm).logs_after(batch_idx):
             return
         now, before, self.before = self.weights(cast(LanguageModel, lm)), self.before, []
         norms = [
@@ -112,11 +109,21 @@ class Vitals(L.Callback):
         for logger in trainer.loggers:  # at once, as self.log takes 0.4 ms for each
             logger.log_metrics(ratios, trainer.global_step - 1)  # Lightning counts the steps it logs from 0
 
+    def remember_train_loss(self, trainer: L.Trainer) -> None:
+        if (loss := cast(LanguageModel, trainer.lightning_module).logged_loss) is not None:
+            self.train_loss = float(trainer.strategy.reduce(loss))
+
+    def on_step_done(self, trainer: L.Trainer) -> None:
+        every = trainer.log_every_n_steps
+        if every > 0 and trainer.global_step % every == 0:
+            self.remember_train_loss(trainer)  # before the checkpoint of this step: a resumed run's gap needs it
+
     def on_validation_epoch_end(self, trainer: L.Trainer, lm: L.LightningModule) -> None:
         if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
         loss = float(cast(LanguageModel, lm).val_metrics["loss"].compute())  # of all ranks
         self.best = min(self.best, loss)
+        self.remember_train_loss(trainer)
         several = trainer.world_size > 1  # all have the same figures, but Lightning warns if it is not to average
         lm.log("val/best", self.best, sync_dist=several)
         if not math.isnan(self.train_loss):

@@ -74,7 +74,7 @@ def test_an_update_ratio_is_the_step_over_the_weights(tmp_path, accumulate):
 
 def test_best_and_gap_outlive_a_resume(tmp_path, text_file):
     how = [f"--data.corpus={text_file}", f"--trainer.default_root_dir={tmp_path}", "--trainer.log_every_n_steps=5"]
-    main(["fit", *TINY, *how, "--trainer.val_check_interval=3"])
+    main(["fit", *TINY, *how, "--trainer.val_check_interval=6", "--trainer.accumulate_grad_batches=2"])
     last = tmp_path / "tiny" / "version_0" / "checkpoints" / "last.ckpt"
     main(["fit", f"--ckpt_path={last}", *how[1:], "--trainer.max_steps=7", "--model.learning_rate=3"])  # no step to log
     values, board = scalars(tmp_path / "tiny" / "version_0")
