@@ -49,7 +49,7 @@ def do(args: list[str]) -> None:
         parser.add_argument("--config", action="config", help="A YAML file with any of these options.")
         given = [name for name in signature(function).parameters if name == "runs"]  # without a flag
         for name in given:
-            parser.add_argument(name, nargs="*", help="Folders of runs; none is the newest.")
+            parser.add_argument(name, nargs="*", default=[], help="Folders of runs; none is the newest.")
         parser.add_function_arguments(function, skip=set(given))
         options = parser.parse_args(args[1:])
         function(**{key: value for key, value in options.items() if key != "config"})

@@ -233,6 +233,7 @@ def test_a_report_is_one_page_that_needs_nothing_else(watched, tmp_path, capsys)
     pictures = {base64.b64decode(s.removeprefix("data:image/png;base64,")) for s in page.sources if len(s) > 9}
     assert all(source.startswith("data:") for source in page.sources) and "http" not in page.text
     assert pictures == {file.read_bytes() for file in (tmp_path / "page").glob("*.png")} and len(pictures) == 11
+    assert (tmp_path / "page" / "attention_layer_01.png").exists()
     values, _ = scalars(watched)
     assert f"{min(value for _, value in values['val/loss']):.4f}" in page.text
     assert page.text.count("<b>the") == 5  # heading, samples of steps 2, 4 and 5, config: as text
