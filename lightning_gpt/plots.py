@@ -125,9 +125,11 @@ def draw_attention(maps: Tensor, labels: Sequence[str], title: str) -> Figure:
         panel = figure.add_axes(place)
         panel.imshow(maps[h].float().cpu().numpy(), cmap="Blues", norm=PowerNorm(0.5, 0, 1))
         panel.set_title(f"head {h + 1}", fontsize=9, pad=3)
-        panel.set_xticks(range(T), labels, fontsize=7)
-        panel.set_yticks(range(T), labels, fontsize=7)
-        panel.tick_params(length=0, pad=1)
+        panel.set_xticks([])
+        panel.set_yticks([])
+        for t, text in enumerate(labels):  # not as ticks, which take twice as long
+            panel.text(t, T - 0.3, text[:4], ha="center", va="top", fontsize=7)
+            panel.text(-0.7, t, text[:4], ha="right", va="center", fontsize=7)
     return figure
 
 

@@ -24,6 +24,7 @@ from lightning_gpt.main import main
 from lightning_gpt.memorisation import Copies
 from lightning_gpt.model import GPT, GPTConfig
 from lightning_gpt.plots import attention_maps, attention_of, losses, position_similarity, streams
+from lightning_gpt.report import read
 from lightning_gpt.training import next_token_loss
 from lightning_gpt.vitals import Vitals, layer_of
 
@@ -240,6 +241,8 @@ def test_a_report_is_one_page_that_needs_nothing_else(watched, tmp_path, capsys)
     assert all(
         words in page.text for words in ("step 5", "max_steps: 5", "1 x cpu", "fit --config", "note") if words != "note"
     )
+    for tag in "val/loss", "samples/longest_copy":
+        assert [step for step, _ in read(watched).curves[tag]] == [2, 4, 5]  # as the Trainer counts them
     assert "page/report.html" in capsys.readouterr().out
 
 
