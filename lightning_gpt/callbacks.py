@@ -224,9 +224,17 @@ class Progress(TQDMProgressBar):
     def init_validation_tqdm(self) -> Tqdm:
         return Tqdm(disable=True)  # one bar is enough
 
-    def on_train_epoch_start(self, trainer: L.Trainer, *_) -> None:
-        super().on_train_epoch_start(trainer)
+    def on_train_start(self, trainer: L.Trainer, *_) -> None:
+        super().on_train_start(trainer, *_)
         self.start, self.start_step = time.monotonic(), trainer.global_step
+        self.set_up_bar(trainer)
+        self.train_progress_bar.initial = trainer.fit_loop.total_batch_idx + 1  # the time left is of what comes
+
+    def on_train_epoch_start(self, trainer: L.Trainer, *_) -> None:
+        super().on_train_epoch_start(trainer)  # which a resumed run does not get to
+        self.set_up_bar(trainer)
+
+    def set_up_bar(self, trainer: L.Trainer) -> None:
         self.train_progress_bar.set_description("Training")
         self.train_progress_bar.total = trainer.max_steps * trainer.accumulate_grad_batches
 

@@ -33,6 +33,7 @@ NURSERY = """
 import json, os, resource, sys, traceback
 import torch
 torch.set_num_threads(1)
+import lightning_gpt.cli  # main would import it, and Lightning, only when it is needed
 from lightning_gpt.main import main
 for line in sys.stdin:
     args, folder, log, limit = json.loads(line)
