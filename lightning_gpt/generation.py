@@ -1,66 +1,302 @@
-"""Sampling text from a GPT. Torch only: no Trainer, no tokenizer, no files.
+"""Sampling token ids from a GPT, fast. Torch only: no Trainer, no tokenizer, no files.
 
-Shapes   B batch · T time (tokens) · H heads · D channels of a head · V vocabulary
+Shapes   B batch · T time (tokens) · H heads · S places in the cache · D channels of a head · V vocabulary
 """
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 if TYPE_CHECKING:
     from .model import GPT
 
 
+class LayerCache:
+    """Keys and values of one attention layer, each (B, H, S, D); new ones are written in place."""
+
+    def __init__(self, cache: "KVCache", like: Tensor | None = None):
+        self.cache = cache
+        self.k: Tensor | None = None
+        self.v: Tensor | None = None
+
+    def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        """All keys and values that these T may look at, these (B, H, T, D) included, and the mask if one is needed."""
+        cache, (B, H, T, D) = self.cache, k.shape
+        if self.k is None or self.v is None:
+            self.k, self.v = (k.new_zeros(B, H, cache.size, D) for _ in "kv")
+        if isinstance(past := cache.length, int):
+            self.k[:, :, past : past + T] = k
+            self.v[:, :, past : past + T] = v
+            return self.k[:, :, : past + T], self.v[:, :, : past + T], cache.mask
+        self.k[cache.rows, :, cache.at] = k.transpose(1, 2)
+        self.v[cache.rows, :, cache.at] = v.transpose(1, 2)
+        return self.k, self.v, cache.mask
+
+
 class KVCache:
-    """Keys and values of the tokens seen so far, one (B, H, T, D) pair for each attention layer."""
+    """Keys and values of the tokens that a net has read, so that each is computed once; an argument of `GPT.forward`.
+
+    Its tensors have room for `size` tokens from the start and stay where they are, so that a CUDA graph may use them.
+    `length` says how many tokens are in: one number where all rows are equally long, and a tensor (B,) where they are
+    not; then a row sees its own past only, whatever stands behind it.
+    """
 
     tail: Tensor  # the last token ids (B, n - 1), for a net with n-grams
+    mask: Tensor | None  # which places the tokens being read may look at, (T, S) or (B, 1, T, S)
+    rows: Tensor
+    at: Tensor
 
-    def __init__(self) -> None:
-        self.length = 0
-        self._pairs: dict[nn.Module, tuple[Tensor, Tensor]] = {}
+    def __init__(self, size: int) -> None:
+        self.size, self.length, self.layers = size, 0, list[LayerCache]()
+        self.length: int | Tensor
 
-    def append(self, layer: nn.Module, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """The layer's keys and values so far, these included, each (B, H, past + T, D)."""
-        if layer in self._pairs:
-            if k.size(2) > 1:
-                raise ValueError(f"{k.size(2)} tokens at once on top of a cache: only the first piece may be longer")
-            past_k, past_v = self._pairs[layer]
-            k, v = torch.cat((past_k, k), 2), torch.cat((past_v, v), 2)
-        self._pairs[layer] = k, v
-        return k, v
+    def open(self, idx: Tensor, n_layer: int) -> list[LayerCache]:
+        """The layers, ready for the tokens idx (B, T)."""
+        if not self.layers:
+            self.layers = [LayerCache(self) for _ in range(n_layer)]
+        T, device, self.mask = idx.size(1), idx.device, None
+        if isinstance(self.length, Tensor):
+            self.rows = torch.arange(len(idx), device=device)[:, None]
+            self.at = self.length[:, None] + torch.arange(T, device=device)  # (B, T)
+            self.mask = (torch.arange(self.size, device=device) <= self.at[..., None])[:, None]
+        elif self.length and T > 1:
+            places = torch.arange(self.length + T, device=device)
+            self.mask = places <= places[self.length :, None]
+        return self.layers
 
+    def tail_before(self, idx: Tensor, n: int) -> Tensor:
+        """The n - 1 tokens before idx (B, T), -1 where nothing is."""
+        if not hasattr(self, "tail"):
+            self.tail = idx.new_empty(len(idx), n - 1)
+        if isinstance(self.length, int) and not self.length:
+            self.tail.fill_(-1)
+        return self.tail
 
-def sample(
-    logits: Tensor, temperature: float = 1.0, top_k: int | None = None, generator: torch.Generator | None = None
-) -> Tensor:
-    """Next token ids (B, 1) drawn from softmax(logits / temperature), logits (B, V).
-
-    Args:
-        temperature: 0 takes the likeliest token.
-        top_k: draw among the k likeliest only; where several tie for the last place, exactly k stay.
-    Raises:
-        ValueError: temperature is negative, or top_k is less than 1.
-    """
-    check(temperature, top_k)
-    if temperature == 0:
-        return logits.argmax(-1, keepdim=True)
-    logits = logits.float()
-    if top_k is not None:
-        values, ids = logits.topk(min(top_k, logits.size(-1)))
-        logits = torch.full_like(logits, -torch.inf).scatter(-1, ids, values)
-    logits = logits - logits.max(-1, keepdim=True).values  # so nothing overflows, however small the temperature
-    return torch.multinomial((logits / max(temperature, 1e-30)).softmax(-1), 1, generator=generator)
+    def take(self, rows: Tensor, other: "KVCache") -> None:
+        """Replace these rows by those of another cache."""
+        for mine, new in zip(self.layers, other.layers, strict=True):
+            assert mine.k is not None and mine.v is not None and new.k is not None and new.v is not None
+            mine.k[rows], mine.v[rows] = new.k, new.v
 
 
-def check(temperature: float, top_k: int | None) -> None:
-    """Raises ValueError for what `sample` can't draw with."""
+def check(
+    temperature: float,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float = 1.0,
+) -> None:
+    """Raises ValueError for what `sample` and `stream` can't draw with."""
     if not temperature >= 0:
         raise ValueError(f"temperature={temperature} must be 0 (the likeliest token) or more")
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k={top_k} must be 1 or more; leave it out to draw from every token")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p={top_p} is a share of the odds: more than 0, and 1 (all of them) at most")
+    if min_p is not None and not 0 <= min_p <= 1:
+        raise ValueError(f"min_p={min_p} is a share of the likeliest token's odds: 0 (all tokens) to 1")
+    if not 0 < repetition_penalty < float("inf"):
+        raise ValueError(f"repetition_penalty={repetition_penalty} must be more than 0; 1 leaves the odds alone")
+
+
+def sample(
+    logits: Tensor,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    generator: torch.Generator | None = None,
+    *,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    dice: Tensor | None = None,
+) -> Tensor:
+    """Next token ids (B, 1) drawn from softmax(logits / temperature), logits (B, V).
+
+    Each restriction looks at what those above it left, and the likeliest token always stays.
+
+    Args:
+        temperature: 0 takes the likeliest token.
+        top_k: draw among the k likeliest only; where several tie for the last place, exactly k stay.
+        top_p: draw among the likeliest whose odds together reach this share, as few as do (Holtzman et al. 2020).
+        min_p: draw among tokens at least this share as likely as the likeliest (Nguyen et al. 2024).
+        dice: exponential variates (B, V), if they were thrown before: the token with the largest odds / dice is drawn.
+    Raises:
+        ValueError: a setting is out of its range.
+    """
+    check(temperature, top_k, top_p, min_p)
+    if temperature == 0:
+        return logits.argmax(-1, keepdim=True)
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    # so nothing overflows, however small the temperature
+    logits = (logits - logits.amax(-1, keepdim=True)) / max(temperature, 1e-30)
+    if top_k is not None and top_k < logits.size(-1):
+        values, ids = logits.topk(top_k)
+        logits = torch.full_like(logits, -torch.inf).scatter(-1, ids, values)
+    if top_p is not None and top_p < 1:
+        values, ids = logits.sort(-1, descending=True, stable=True)
+        odds = values.softmax(-1)
+        values = values.masked_fill(odds.cumsum(-1) - odds >= top_p, -torch.inf)
+        logits = torch.full_like(logits, -torch.inf).scatter(-1, ids, values)
+    odds = logits.exp()  # the likeliest has 1
+    if min_p is not None:
+        odds = odds * (odds >= min_p)
+    if dice is None:
+        dice = throw(odds.shape, odds.device, generator)
+    return (odds / dice).argmax(-1, keepdim=True)  # as torch.multinomial does, without its look at the values
+
+
+def throw(shape: Sequence[int], device: torch.device, generator: torch.Generator | None = None) -> Tensor:
+    """Exponential variates; never 0, for 0 / 0 would be drawn."""
+    return torch.empty(shape, device=device).exponential_(generator=generator).clamp_(min=1e-30)
+
+
+class Drawn(NamedTuple):
+    """One step of `stream`: token ids (B, 1) and, if asked for, the net's log-probabilities of them (B, 1)."""
+
+    ids: Tensor
+    logprobs: Tensor | None
+
+
+class Writer:
+    """A batch of texts being written: its tokens, its cache, its dice. A step leaves all it does on the device."""
+
+    def __init__(
+        self,
+        net: "GPT",
+        idx: Tensor,
+        lengths: Sequence[int],
+        steps: int,
+        stride: int,
+        use_cache: bool,
+        penalty: float,
+        logprobs: bool,
+        generator: torch.Generator | Sequence[torch.Generator] | None,
+        how: dict,
+    ):
+        (B, device), self.V = (len(idx), idx.device), net.config.vocab_size
+        self.net, self.idx, self.lengths, self.stride, self.use_cache = net, idx, list(lengths), stride, use_cache
+        self.penalty, self.generator, self.how = penalty, generator, how
+        self.block_size = net.config.block_size
+        self.starts = [max(0, n - self.block_size) for n in lengths]  # where each row's context begins
+        self.cache = KVCache(min(self.block_size, max(lengths) + steps))
+        self.even = len(set(lengths)) == 1
+        self.out = torch.zeros(B, steps, dtype=torch.long, device=device)
+        self.logprobs = torch.zeros(B, steps, device=device) if logprobs else None
+        self.token = torch.zeros(B, 1, dtype=torch.long, device=device)
+        self.count = torch.zeros(1, dtype=torch.long, device=device)  # tokens drawn so far
+        self.throws = max(1, 4096 // self.V)  # steps that dice are thrown ahead for
+        self.dice = torch.ones(self.throws, B, self.V, device=device)
+        self.seen = torch.zeros(B, self.V, dtype=torch.bool, device=device)
+        for row, n in enumerate(self.lengths if penalty != 1 else ()):
+            self.seen[row, idx[row, :n]] = True
+
+    def throw_dice(self) -> None:
+        """For the next steps: rows with generators of their own get what they would get alone."""
+        if isinstance(self.generator, Sequence):
+            shape, device = (self.throws, self.V), self.dice.device
+            self.dice.copy_(torch.stack([throw(shape, device, one) for one in self.generator], 1))
+        else:
+            self.dice.copy_(throw(self.dice.shape, self.dice.device, self.generator))
+
+    def choose(self, logits: Tensor) -> None:
+        """Draw the next token of every row from its logits (B, V) and write it down."""
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        odds = logits
+        if self.penalty != 1:
+            odds = torch.where(self.seen, torch.where(odds > 0, odds / self.penalty, odds * self.penalty), odds)
+        dice = self.dice.index_select(0, self.count % self.throws)[0] if self.how["temperature"] else None
+        new = sample(odds, **self.how, dice=dice)
+        if self.penalty != 1:
+            self.seen.scatter_(1, new, True)
+        if self.logprobs is not None:
+            self.logprobs.index_copy_(1, self.count, logits.log_softmax(-1).gather(1, new).type_as(self.logprobs))
+        self.out.index_copy_(1, self.count, new)
+        self.token.copy_(new)
+        self.count += 1
+
+    def step(self) -> None:
+        """Read the newest token of every row with the cache, and draw the next."""
+        self.choose(self.net(self.token, self.cache)[:, -1])
+
+    def windows(self, rows: list[int], t: int) -> list[Tensor]:
+        """The context of each row after t steps."""
+        texts = (torch.cat((self.idx[b, : self.lengths[b]], self.out[b, :t])) for b in rows)
+        return [text[self.starts[b] :] for b, text in zip(rows, texts, strict=True)]
+
+    def read(self, rows: list[int], t: int) -> Tensor:
+        """Logits (len(rows), V) of the next token, from the whole context of these rows; their cache begins anew."""
+        device, every = self.idx.device, len(rows) == len(self.idx)
+        if every and self.even:
+            piece = torch.cat((self.idx, self.out[:, :t]), 1)[:, self.starts[0] :]
+            lengths, last = [piece.size(1)] * len(rows), None
+        else:
+            windows = self.windows(rows, t)
+            piece, lengths = pad_sequence(windows, batch_first=True), [len(window) for window in windows]
+        last = torch.tensor(lengths, device=device) - 1
+        if not self.use_cache:
+            return self.net(piece, only=last)[:, 0]
+        cache, where = (self.cache if every else KVCache(self.cache.size)), self.cache.length
+        cache.length = 0
+        logits = self.net(piece, cache, only=last)[:, 0]
+        if (n := self.net.config.ngram) > 1 and not (every and self.even):
+            back = last[:, None] - torch.arange(n - 2, -1, -1, device=device)
+            cache.tail.copy_(piece.gather(1, back.clamp(min=0)).masked_fill(back < 0, -1))
+        if every and self.even and isinstance(where, int):
+            return logits
+        if not every:
+            at = torch.tensor(rows, device=device)
+            self.cache.take(at, cache)
+            if n > 1:
+                self.cache.tail[at] = cache.tail
+            assert isinstance(where, Tensor)
+            where[at] = last + 1
+        elif isinstance(where, Tensor):
+            where.copy_(last + 1)
+        else:
+            where = last + 1
+        self.cache.length = where
+        return logits
+
+    def record(self, compile: bool) -> "torch.cuda.CUDAGraph":
+        """A step as a CUDA graph, whose replay costs no Python; compiled, its small kernels are one."""
+        length, seen = torch.zeros(len(self.idx), dtype=torch.long, device=self.idx.device), self.seen.clone()
+        self.cache.length = length
+        # coordinate descent turns products with a single row into reductions that run at the memory's speed
+        step = torch.compile(self.step, dynamic=False, options={"coordinate_descent_tuning": True}) if compile else self.step
+        apart, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        apart.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(apart):
+            for _ in range(2):  # what is lazy comes first
+                step()
+        torch.cuda.current_stream().wait_stream(apart)
+        with torch.cuda.graph(graph, stream=apart, capture_error_mode="thread_local"):
+            step()
+        self.count.zero_()
+        self.seen.copy_(seen)
+        return graph
+
+    def write(self, record: bool, compile: bool) -> Iterator[Drawn]:
+        replay = self.record(compile).replay if record else self.step
+        (B, steps), every = self.out.shape, list(range(len(self.idx)))
+        for t in range(steps):
+            if t % self.throws == 0 and self.how["temperature"]:
+                self.throw_dice()
+            full = [b for b in every if self.lengths[b] + t - self.starts[b] > self.block_size]
+            for b in full if t else ():
+                self.starts[b] += self.stride
+            if t == 0 or not self.use_cache or len(full) == B:
+                self.choose(self.read(every, t))
+            elif full:
+                assert isinstance(self.cache.length, Tensor)
+                self.cache.length[torch.tensor(full, device=self.idx.device)] = 0  # no place is left to write to
+                logits = self.net(self.token, self.cache)[:, -1]
+                logits[full] = self.read(full, t)
+                self.choose(logits)
+            else:
+                replay()
+            yield Drawn(self.out[:, t : t + 1], None if self.logprobs is None else self.logprobs[:, t : t + 1])
 
 
 @torch.inference_mode()
@@ -69,32 +305,78 @@ def stream(
     idx: Tensor,
     max_new_tokens: int,
     *,
+    lengths: Sequence[int] | None = None,
     use_cache: bool = True,
+    stride: int = 1,
     temperature: float = 1.0,
     top_k: int | None = None,
-    generator: torch.Generator | None = None,
-) -> Iterator[Tensor]:
-    """Yields the next token ids (B, 1) after idx (B, T), max_new_tokens times.
+    top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float = 1.0,
+    generator: torch.Generator | Sequence[torch.Generator] | None = None,
+    logprobs: bool = False,
+    record: bool | None = None,
+    compile: bool = False,
+) -> Iterator[Drawn]:
+    """Yields the next tokens after idx (B, T), max_new_tokens times, and never waits for the device.
 
-    Positions are absolute, so once the text outgrows block_size the window slides, every
-    position changes and the cache is of no use: from there each token costs a full forward.
+    What a token is drawn from: from all text before it as long as that fits into block_size; once it does not, the
+    context's beginning moves on by `stride` tokens, as often as the text outgrows it again. With stride 1 that is the
+    lecture's and nanoGPT's window, always the newest block_size tokens. With block_size / 2 a context has between half
+    a block and a block.
+
+    When the context moves, every token in it gets another place, so with learned positions nothing in the cache is
+    true any more. With rotary positions only distances count, and yet the cache is as void: from the second layer on a
+    token's key and value were made of tokens that have left the window (they would stay true for one layer without
+    n-grams, a case not worth a path of its own). So the context is read again whenever it moves. Hence text with the
+    cache is always the text without, for any stride; but beyond block_size stride 1 costs a full forward a token, and
+    block_size / 2 one for so many tokens. The logits of the latter are no approximation of the net: it is the same
+    net with a shorter past, a thing that it was trained on.
+
+    Args:
+        lengths: of the prompts, where they differ; row b is idx[b, :lengths[b]], what stands behind is not looked at.
+        use_cache: without it each token costs a forward of its context, nanoGPT's way.
+        stride: tokens by which a context that is full moves on, 1 to block_size.
+        temperature: see `sample`, also for top_k, top_p and min_p.
+        repetition_penalty: above 1 divides the logits of tokens in the text by it, multiplies them if they are
+            negative (CTRL, Keskar et al. 2019, section 4.1).
+        generator: the dice; one for each row makes a row's text independent of the other rows.
+        logprobs: whether to say how likely the net found each token, before temperature and restrictions.
+        record: replay each step as a CUDA graph; None does so on CUDA where it pays.
+        compile: compile the step that is recorded: takes a minute, pays for very long texts only.
+    Raises:
+        ValueError: a setting is out of its range, or compile without CUDA.
     """
-    was_training, block_size = net.training, net.config.block_size
+    block_size = net.config.block_size
+    check(temperature, top_k, top_p, min_p, repetition_penalty)
+    if not 1 <= stride <= block_size:
+        raise ValueError(f"stride={stride} must be between 1 and block_size={block_size}")
+    if min(lengths := [idx.size(1)] * len(idx) if lengths is None else lengths) < 1:
+        raise ValueError("a prompt is empty: every text needs one token to go on from")
+    gpu = idx.device.type == "cuda" and use_cache
+    if compile and not gpu:
+        raise ValueError("compile=True is for CUDA and the cache")
+    if record is None:  # a sharded net fetches its weights at every step, which can't be recorded
+        record = gpu and max_new_tokens >= 32 and not hasattr(net.wte.weight, "device_mesh")
+    how = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
+    was_training = net.training
     net.eval()
-    cache = KVCache()
     try:
-        for _ in range(max_new_tokens):
-            if use_cache and idx.size(1) <= block_size:
-                logits = net(idx[:, cache.length :], cache)  # the prompt first, then one token at a time
-            else:
-                logits = net(idx[:, -block_size:])
-            new = sample(logits[:, -1], temperature, top_k, generator)
-            idx = torch.cat((idx, new), 1)
-            yield new
+        writer = Writer(
+            net, idx, lengths, max_new_tokens, stride, use_cache, repetition_penalty, logprobs, generator, how
+        )
+        yield from writer.write(record or compile, compile)
     finally:
         net.train(was_training)
 
 
 def generate(net: "GPT", idx: Tensor, max_new_tokens: int, **how) -> Tensor:
-    """idx (B, T) continued to (B, T + max_new_tokens); `how` goes to `stream`."""
-    return torch.cat((idx, *stream(net, idx, max_new_tokens, **how)), 1)
+    """idx (B, T) continued to (B, T + max_new_tokens); `how` goes to `stream`.
+
+    Prompts of unequal `lengths` are continued where each ends, so that rows end before the last column, with zeros.
+    """
+    new = torch.cat([drawn.ids for drawn in stream(net, idx, max_new_tokens, **how)] or [idx[:, :0]], 1)
+    if (lengths := how.get("lengths")) is None:
+        return torch.cat((idx, new), 1)
+    texts = [torch.cat((row[:n], more)) for row, n, more in zip(idx, lengths, new, strict=True)]
+    return pad_sequence(texts, batch_first=True)

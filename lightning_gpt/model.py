@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 if TYPE_CHECKING:
-    from .generation import KVCache
+    from .generation import KVCache, LayerCache
 
 
 @dataclass(frozen=True)
@@ -80,8 +80,8 @@ def rotary_table(block_size: int, D: int) -> Tensor:
 
 
 def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """x (B, T, H, D) with channel pairs (i, i + D/2) turned by their position's angle, table (2, T, D/2)."""
-    cos, sin = table[:, :, None]
+    """x (B, T, H, D) with channel pairs (i, i + D/2) turned by their position's angle, table (2, [B,] T, D/2)."""
+    cos, sin = table[..., None, :]
     a, b = x.chunk(2, -1)
     return torch.cat((a * cos + b * sin, b * cos - a * sin), -1).type_as(x)
 
@@ -99,7 +99,7 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # q, k, v side by side
         self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
 
-    def forward(self, x: Tensor, rotary: Tensor | None = None, cache: "KVCache | None" = None) -> Tensor:
+    def forward(self, x: Tensor, rotary: Tensor | None = None, cache: "LayerCache | None" = None) -> Tensor:
         B, T, C = x.shape
         q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).unbind(2)  # 3 x (B, T, H, D)
         if self.qk_norm:
@@ -107,11 +107,12 @@ class CausalSelfAttention(nn.Module):
         if rotary is not None:
             q, k = rotate(q, rotary), rotate(k, rotary)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # 3 x (B, H, T, D)
+        mask = None
         if cache is not None:
-            k, v = cache.append(self, k, v)  # (B, H, past + T, D)
+            k, v, mask = cache.extend(k, v)  # (B, H, past + T, D)
         # one new token may see every cached one, so only a longer piece needs the mask
         y = F.scaled_dot_product_attention(
-            q, k, v, is_causal=T > 1, dropout_p=self.dropout if self.training else 0.0
+            q, k, v, mask, is_causal=T > 1 and mask is None, dropout_p=self.dropout if self.training else 0.0
         )  # (B, H, T, D)
         y = self.c_proj(y.transpose(1, 2).reshape(B, T, C))
         return F.dropout(y, self.dropout, self.training)
@@ -154,7 +155,7 @@ class Block(nn.Module):
         self.ln_2 = make_norm(config)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, rotary: Tensor | None = None, cache: "KVCache | None" = None) -> Tensor:
+    def forward(self, x: Tensor, rotary: Tensor | None = None, cache: "LayerCache | None" = None) -> Tensor:
         x = x + self.attn(self.ln_1(x), rotary, cache)
         return x + self.mlp(self.ln_2(x))
 
@@ -213,9 +214,8 @@ class GPT(nn.Module):
         n = self.config.ngram
         ids = F.pad(idx, (n - 1, 0), value=-1)  # -1: nothing there
         if cache is not None:
-            if cache.length:
-                ids = torch.cat((cache.tail, idx), 1)
-            cache.tail = ids[:, ids.size(1) - n + 1 :]
+            ids = torch.cat((cache.tail_before(idx, n), idx), 1)
+            cache.tail.copy_(ids[:, ids.size(1) - n + 1 :])
         key, keys = idx, []
         for k in range(1, n):
             earlier = ids[:, n - 1 - k : ids.size(1) - k]  # the token k places before
@@ -231,38 +231,46 @@ class GPT(nn.Module):
             z = cap * torch.tanh(z / cap)
         return z
 
-    def forward(self, idx: Tensor, cache: "KVCache | None" = None) -> Tensor:
+    def forward(self, idx: Tensor, cache: "KVCache | None" = None, only: Tensor | None = None) -> Tensor:
         """Logits of the next token at every position.
 
         Args:
             idx: token ids (B, T), 1 <= past + T <= block_size.
-            cache: keys and values of `past` earlier tokens; it is extended by these T. Once it
-                holds some, tokens come one at a time.
+            cache: keys and values of `past` earlier tokens; it is extended by these T.
+            only: the one position of each row (B,) whose logits are wanted.
         Returns:
-            logits (B, T, V).
+            logits (B, T, V), or (B, 1, V) with `only`.
         Raises:
             ValueError: past + T exceeds block_size.
         """
-        return self.logits(self.features(idx, cache))
+        x = self.features(idx, cache)
+        if only is not None:
+            x = x[torch.arange(len(x), device=x.device), only][:, None]
+        return self.logits(x)
 
     def features(self, idx: Tensor, cache: "KVCache | None" = None) -> Tensor:
         """What the last block makes of the tokens, (B, T, C); `forward` before its head."""
         past, T = (0 if cache is None else cache.length), idx.size(1)
-        if past + T > self.config.block_size:
+        if isinstance(past, int) and past + T > self.config.block_size:
             raise ValueError(f"{past + T} tokens do not fit into block_size={self.config.block_size}")
         x, rotary = self.wte(idx), None  # (B, T, C)
-        if self.config.position == "learned":
-            x = x + self.wpe(torch.arange(past, past + T, device=idx.device))
+        if isinstance(past, Tensor):  # every row is at a place of its own
+            at = past[:, None] + torch.arange(T, device=idx.device)  # (B, T)
         else:
-            rotary = self.rotary[:, past : past + T]
+            at = torch.arange(past, past + T, device=idx.device)  # (T,)
+        if self.config.position == "learned":
+            x = x + self.wpe(at)
+        else:
+            rotary = self.rotary[:, at] if isinstance(past, Tensor) else self.rotary[:, past : past + T]
         if self.config.ngram > 1:
             some = F.dropout(torch.ones_like(x[..., :1]), self.config.ngram_dropout, self.training)  # (B, T, 1)
             x = x + some * self.ngrams(idx, cache)
         if torch.is_autocast_enabled(x.device.type):  # the residual stream too, or every sum would be float32
             x = x.to(torch.get_autocast_dtype(x.device.type))
         x = F.dropout(self.ln_e(x), self.config.dropout, self.training)
-        for block in self.h:
-            x = block(x, rotary, cache)
+        layers = [None] * len(self.h) if cache is None else cache.open(idx, len(self.h))
+        for block, layer in zip(self.h, layers, strict=True):
+            x = block(x, rotary, layer)
         if cache is not None:
-            cache.length += T
+            cache.length += T  # in place where it is a tensor, as a recorded step must
         return x
