@@ -20,7 +20,7 @@ install: .venv/installed  ## make .venv and install the package into it
 train: .venv/installed  ## train the laptop's GPT on whatever this machine has
 	$(BIN)/lightning-gpt fit --config configs/laptop.yaml
 
-generate: .venv/installed  ## write text from the newest best checkpoint
+generate: .venv/installed  ## write text from the newest best checkpoint, or from the one that comes with the package
 	$(BIN)/lightning-gpt generate
 
 board: .venv/installed  ## look at the runs: TensorBoard on http://127.0.0.1:6006
@@ -35,8 +35,9 @@ test: .venv/dev  ## pass the tests, in two minutes
 test-all: .venv/dev  ## pass the slow tests too
 	$(BIN)/pytest
 
-bench: .venv/installed  ## how fast the laptop's config trains here, beside a bare PyTorch loop
+bench: .venv/installed  ## how fast the laptop's config trains here, and how fast text is written
 	$(BIN)/python -m lightning_gpt.bench --config configs/laptop.yaml
+	$(BIN)/python -m lightning_gpt.bench_generation
 
 lint: .venv/dev  ## check style and types
 	$(BIN)/ruff check

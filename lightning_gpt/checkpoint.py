@@ -17,7 +17,9 @@ from .tokenizer import CharTokenizer, TokenIds
 
 ROOT = Path("checkpoints")  # where runs land
 FORMAT = 2  # of the files; 1 had no seal
+SHRUNK = 3  # the format with one byte a weight
 SEAL, SEAL_SIZE = b"sha256 ", len("sha256 ") + 64
+VERSION = "pytorch-lightning_version"  # of who saved it; Lightning asks for it
 DRAFT = ".draft."  # how the names of unfinished files begin
 
 
@@ -53,7 +55,7 @@ def write(saved: dict, path: str | Path) -> None:
         OSError: it can't be written, or does not read back as it was written; what was there before still is.
     """
     buffer, path = io.BytesIO(), Path(path)
-    torch.save(saved | {"format": FORMAT}, buffer)
+    torch.save(saved | {"format": SHRUNK if "scales" in saved else FORMAT}, buffer)
     with buffer.getbuffer() as archive:
         archive[-2:] = SEAL_SIZE.to_bytes(2, "little")  # an archive ends with the length of its comment
         seal = SEAL + hashlib.sha256(archive).hexdigest().encode()
@@ -119,6 +121,9 @@ def read_strictly(path: Path) -> dict:
         raise ValueError(f"the checkpoint {path} is damaged: its bytes are not those of its checksum")
     try:
         saved = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+        if isinstance(saved, dict) and "scales" in saved:
+            scales = saved.pop("scales")
+            saved["state_dict"] |= {name: saved["state_dict"][name] * scales[name][:, None] for name in scales}
     except Exception as error:  # whatever a damaged or hostile file makes the reader say
         reason = str(error).split("\n")[0][:200]
         raise ValueError(
@@ -128,11 +133,11 @@ def read_strictly(path: Path) -> dict:
     if not isinstance(saved, dict) or any(not isinstance(saved.get(part), dict) for part in parts):
         raise ValueError(f"{path} is a PyTorch file, but no checkpoint of lightning-gpt: it lacks {', '.join(parts)}")
     made_by = saved.get("format", 1)
-    if made_by != 1 and made_by != FORMAT:
+    if made_by not in (1, FORMAT, SHRUNK):
         raise ValueError(
-            f"the checkpoint {path} has format {made_by}, and this lightning-gpt reads up to {FORMAT}: take a newer one"
+            f"the checkpoint {path} has format {made_by}, and this lightning-gpt reads up to {SHRUNK}: take a newer one"
         )
-    if made_by == FORMAT and not data[-SEAL_SIZE:].startswith(SEAL):
+    if made_by != 1 and not data[-SEAL_SIZE:].startswith(SEAL):
         raise ValueError(f"the checkpoint {path} is damaged: its checksum is missing")
     return saved
 
@@ -155,3 +160,31 @@ def load(path: str | Path, device: str | torch.device = "cpu") -> tuple[GPT, Cha
     if not all(p.isfinite().all() for p in net.parameters()):
         raise ValueError(f"the checkpoint {path} has weights that are no numbers: its training diverged")
     return net.eval(), tokenizer
+
+
+def shrink(ckpt_path: str = "best", output: str = "small.ckpt") -> None:
+    """Write a checkpoint's net alone, one byte a weight: for speaking and scoring, not for going on with training.
+
+    Each row of a matrix becomes whole numbers from -127 to 127 and a scale. `read` and all that stands on it (generate,
+    score, validate) take such a file as any other.
+
+    Args:
+        ckpt_path: the checkpoint to take; best or last is the newest file of that name below checkpoints/.
+        output: the file to write.
+    """
+    path = find(ckpt_path)
+    saved = read(path)
+    prefix = "average." if saved["hyper_parameters"].get("ema_decay") else "net."
+    weights, scales = {}, {}
+    for name, w in saved["state_dict"].items():
+        if name.startswith(prefix):
+            name = "net." + name.removeprefix(prefix)
+            weights[name] = w.float()
+            if w.dim() == 2:
+                scales[name] = w.float().abs().amax(1).clamp(min=1e-30) / 127
+                weights[name] = (w.float() / scales[name][:, None]).round().to(torch.int8)
+    kept = {key: value for key, value in saved.items() if key in ("epoch", "global_step", "config", VERSION)}
+    kept |= {part: saved[part] for part in ("hyper_parameters", "datamodule_hyper_parameters")}
+    kept["hyper_parameters"] = saved["hyper_parameters"] | {"ema_decay": 0.0}  # the average is the net now
+    write(kept | {"state_dict": weights, "scales": scales}, output)
+    print(f"{path} of {path.stat().st_size:,} bytes became {output} of {Path(output).stat().st_size:,}")

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 class LayerCache:
     """Keys and values of one attention layer, each (B, H, S, D); new ones are written in place."""
 
-    def __init__(self, cache: "KVCache", like: Tensor | None = None):
+    def __init__(self, cache: "KVCache"):
         self.cache = cache
         self.k: Tensor | None = None
         self.v: Tensor | None = None
@@ -31,8 +31,15 @@ class LayerCache:
             self.k[:, :, past : past + T] = k
             self.v[:, :, past : past + T] = v
             return self.k[:, :, : past + T], self.v[:, :, : past + T], cache.mask
-        self.k[cache.rows, :, cache.at] = k.transpose(1, 2)
-        self.v[cache.rows, :, cache.at] = v.transpose(1, 2)
+        if cache.even:
+            self.k.index_copy_(2, cache.at[0], k)
+            self.v.index_copy_(2, cache.at[0], v)
+        else:
+            self.k[cache.rows, :, cache.at] = k.transpose(1, 2)
+            self.v[cache.rows, :, cache.at] = v.transpose(1, 2)
+        assert cache.mask is not None
+        if cache.mask.dtype == torch.bool:  # else each layer would turn it into numbers again
+            cache.mask = torch.zeros_like(cache.mask, dtype=k.dtype).masked_fill(~cache.mask, -torch.inf)
         return self.k, self.v, cache.mask
 
 
@@ -41,7 +48,7 @@ class KVCache:
 
     Its tensors have room for `size` tokens from the start and stay where they are, so that a CUDA graph may use them.
     `length` says how many tokens are in: one number where all rows are equally long, and a tensor (B,) where they are
-    not; then a row sees its own past only, whatever stands behind it.
+    not; then a row sees its own past only, whatever stands behind it. `even` promises that a tensor's are all the same.
     """
 
     tail: Tensor  # the last token ids (B, n - 1), for a net with n-grams
@@ -50,8 +57,8 @@ class KVCache:
     at: Tensor
 
     def __init__(self, size: int) -> None:
-        self.size, self.length, self.layers = size, 0, list[LayerCache]()
-        self.length: int | Tensor
+        self.size, self.even, self.layers = size, False, list[LayerCache]()
+        self.length: int | Tensor = 0
 
     def open(self, idx: Tensor, n_layer: int) -> list[LayerCache]:
         """The layers, ready for the tokens idx (B, T)."""
@@ -135,7 +142,7 @@ def sample(
         values, ids = logits.topk(top_k)
         logits = torch.full_like(logits, -torch.inf).scatter(-1, ids, values)
     if top_p is not None and top_p < 1:
-        values, ids = logits.sort(-1, descending=True, stable=True)
+        values, ids = logits.sort(dim=-1, descending=True, stable=True)
         odds = values.softmax(-1)
         values = values.masked_fill(odds.cumsum(-1) - odds >= top_p, -torch.inf)
         logits = torch.full_like(logits, -torch.inf).scatter(-1, ids, values)
@@ -182,8 +189,9 @@ class Writer:
         self.starts = [max(0, n - self.block_size) for n in lengths]  # where each row's context begins
         self.cache = KVCache(min(self.block_size, max(lengths) + steps))
         self.even = len(set(lengths)) == 1
-        self.out = torch.zeros(B, steps, dtype=torch.long, device=device)
-        self.logprobs = torch.zeros(B, steps, device=device) if logprobs else None
+        self.steps, columns = steps, max(2048, steps)  # so that most calls share one compiled step
+        self.out = torch.zeros(B, columns, dtype=torch.long, device=device)
+        self.logprobs = torch.zeros(B, columns, device=device) if logprobs else None
         self.token = torch.zeros(B, 1, dtype=torch.long, device=device)
         self.count = torch.zeros(1, dtype=torch.long, device=device)  # tokens drawn so far
         self.throws = max(1, 4096 // self.V)  # steps that dice are thrown ahead for
@@ -230,7 +238,7 @@ class Writer:
         device, every = self.idx.device, len(rows) == len(self.idx)
         if every and self.even:
             piece = torch.cat((self.idx, self.out[:, :t]), 1)[:, self.starts[0] :]
-            lengths, last = [piece.size(1)] * len(rows), None
+            lengths = [piece.size(1)] * len(rows)
         else:
             windows = self.windows(rows, t)
             piece, lengths = pad_sequence(windows, batch_first=True), [len(window) for window in windows]
@@ -262,9 +270,11 @@ class Writer:
     def record(self, compile: bool) -> "torch.cuda.CUDAGraph":
         """A step as a CUDA graph, whose replay costs no Python; compiled, its small kernels are one."""
         length, seen = torch.zeros(len(self.idx), dtype=torch.long, device=self.idx.device), self.seen.clone()
-        self.cache.length = length
+        self.cache.length, self.cache.even = length, self.even
         # coordinate descent turns products with a single row into reductions that run at the memory's speed
-        step = torch.compile(self.step, dynamic=False, options={"coordinate_descent_tuning": True}) if compile else self.step
+        step = self.step
+        if compile:
+            step = torch.compile(step, dynamic=False, options={"coordinate_descent_tuning": len(self.idx) == 1})
         apart, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
         apart.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(apart):
@@ -279,8 +289,8 @@ class Writer:
 
     def write(self, record: bool, compile: bool) -> Iterator[Drawn]:
         replay = self.record(compile).replay if record else self.step
-        (B, steps), every = self.out.shape, list(range(len(self.idx)))
-        for t in range(steps):
+        B, every = len(self.idx), list(range(len(self.idx)))
+        for t in range(self.steps):
             if t % self.throws == 0 and self.how["temperature"]:
                 self.throw_dice()
             full = [b for b in every if self.lengths[b] + t - self.starts[b] > self.block_size]

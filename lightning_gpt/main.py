@@ -14,7 +14,7 @@ import jsonargparse
 import torch
 
 # what needs no Trainer: a module and a function of it. Lightning takes seconds to import, and these are to be quick
-COMMANDS = {"generate": "speak", "report": "report"}
+COMMANDS = {"generate": "speak", "score": "speak", "report": "report", "shrink": "checkpoint"}
 TRAINING = "fit", "validate", "test"
 HELP = """lightning-gpt COMMAND [options]; each COMMAND has its own --help.
 
@@ -22,7 +22,9 @@ HELP = """lightning-gpt COMMAND [options]; each COMMAND has its own --help.
   validate   the loss of a checkpoint over its whole validation split
   test       the same figures as validate, under test/
   generate   write text from a checkpoint
-  report     a page about a run, or about several side by side"""
+  score      how likely a checkpoint finds a text
+  report     a page about a run, or about several side by side
+  shrink     a checkpoint's net in a small file, one byte a weight"""
 
 
 def complain(message: str) -> None:

@@ -1,54 +1,240 @@
-"""lightning-gpt generate: text from a checkpoint. Torch only, so that it speaks at once."""
+"""lightning-gpt generate and score: text from a checkpoint, and how likely it finds a text. Torch only, to be quick."""
 
-import torch
+import json as json_format
+import math
+import sys
+import time
+from contextlib import suppress
+from os.path import relpath
+from pathlib import Path
+from typing import Any, Literal
 
 from . import checkpoint
-from .generation import stream
-from .seeds import mix
+from . import text as texts
+from .model import GPT
+from .text import SHIPPED, Text, Tokenizer
+
+RULE = "\n" + "-" * 40 + "\n"  # between two samples
+
+
+def say(line: str) -> None:
+    print(f"lightning-gpt: {line}", file=sys.stderr, flush=True)
+
+
+def read(file: str) -> str:
+    """The text of a UTF-8 file, or of stdin for `-`."""
+    data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file} is not UTF-8 text: byte 0x{data[error.start]:02x} at {error.start}") from None
+
+
+def load(ckpt_path: str, device: str, precision: Literal["auto", "float32", "bfloat16"]) -> tuple[GPT, Tokenizer, str]:
+    path = texts.find(ckpt_path)
+    if path == SHIPPED and ckpt_path == "best":
+        say(f"no run below {checkpoint.ROOT}/ yet: this is {path.name}, which comes with the package")
+    return *texts.load(path, device, precision), relpath(path)
 
 
 def generate(
     ckpt_path: str = "best",
     prompt: str | None = None,
+    prompt_file: str | None = None,
     max_new_tokens: int = 500,
     temperature: float = 0.8,
     top_k: int | None = None,
+    top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float = 1.0,
+    stop: list[str] | None = None,
     num_samples: int = 1,
     seed: int = 1337,
+    stride: int | None = None,
+    on_unknown: Literal["error", "skip"] = "error",
+    interactive: bool = False,
+    output: str | None = None,
+    json: bool = False,
     device: str = "auto",
+    precision: Literal["auto", "float32", "bfloat16"] = "auto",
+    compile: bool = False,
 ) -> None:
     """Write text from a checkpoint, character by character as it comes.
 
     Args:
-        ckpt_path: checkpoint to sample from; best or last is the newest file of that name below checkpoints/.
+        ckpt_path: checkpoint to sample from; best or last is the newest file of that name below checkpoints/. Where no
+            run has left one yet, best is a small net that comes with the package.
         prompt: the text to go on from; null is a new line, or the first character of a vocabulary without one.
+        prompt_file: a file with the prompt; - is stdin.
         max_new_tokens: characters to write.
         temperature: below 1 safer, above 1 wilder; 0 takes the likeliest character.
         top_k: draw among the k likeliest characters only; null draws from all.
-        num_samples: texts to write, each with dice of its own.
+        top_p: draw among the likeliest characters that together have this share of the odds.
+        min_p: draw among characters at least this share as likely as the likeliest.
+        repetition_penalty: above 1 makes characters that are in the text already less likely.
+        stop: strings before which a text ends.
+        num_samples: texts to write, at once, each with dice of its own.
         seed: another seed gives another text, the same one the same text.
+        stride: once the text is longer than the net's context, its beginning moves on by so many characters; null is
+            half of it, which is fast; 1 reads the whole context for each character.
+        on_unknown: what to do with characters of the prompt that the net doesn't know.
+        interactive: ask for a prompt after a prompt; the net remembers what was said.
+        output: a file for the text, in place of the terminal.
+        json: write JSON, with text, tokens, log-probabilities and speed.
+        device: auto, cpu, cuda, cuda:1, mps ...; auto takes the accelerator if there is one.
+        precision: auto is bfloat16 on CUDA, float32 elsewhere.
+        compile: on CUDA, compile first: a minute for half the time per character.
+    """
+    if num_samples < 1:
+        raise ValueError(f"num_samples={num_samples} must be 1 or more")
+    if prompt is not None and prompt_file is not None:
+        raise ValueError("give a prompt or a prompt_file, not both")
+    if interactive and (json or output or prompt_file or num_samples > 1):
+        raise ValueError("interactive writes one text to the terminal: no json, output, prompt_file or num_samples")
+    if output and (Path(output).is_dir() or not Path(output).absolute().parent.is_dir()):
+        raise ValueError(f"output={output} can't be written: it is a folder, or lies in none")
+    prompt = read(prompt_file) if prompt_file else prompt or ""
+    net, tokenizer, path = load(ckpt_path, device, precision)
+    how: dict[str, Any] = {
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "stop": stop or [],
+        "stride": stride,
+        "compile": compile,
+    }
+    if interactive:
+        converse(net, tokenizer, prompt, max_new_tokens, seed, on_unknown, how)
+        return
+    if on_unknown == "skip" and (unknown := tokenizer.unknown(prompt) if prompt else ""):
+        say(f"left out what this net doesn't know: {unknown[:40]!r}")
+    prompt = texts.spelled(tokenizer, prompt, on_unknown)
+    tell_if_long(net, tokenizer, prompt)
+    since, first, cut = time.perf_counter(), math.nan, False
+    settings = how | {"seed": seed, "logprobs": json}
+    written = texts.write(net, tokenizer, [prompt] * num_samples, max_new_tokens, **settings)
+    samples, shown, quiet = list[Text](), 0, json or output
+    try:
+        for samples in written:
+            if not shown:
+                first = time.perf_counter() - since
+            shown = show(samples[0], shown, first_time=not shown) if not quiet else 1
+    except KeyboardInterrupt:
+        cut = True
+    seconds = time.perf_counter() - since
+    if json:
+        count = sum(len(sample.tokens) for sample in samples)
+        result = {
+            "checkpoint": path,
+            "device": str(net.wte.weight.device),
+            "precision": str(net.wte.weight.dtype).removeprefix("torch."),
+            "settings": how | {"seed": seed, "max_new_tokens": max_new_tokens},
+            "prompt": prompt,
+            "samples": [
+                {"text": s.text, "tokens": s.tokens, "logprobs": s.logprobs, "ended": s.ended or "interrupted"}
+                for s in samples
+            ],
+            "seconds": seconds,
+            "seconds_to_first": first,
+            "tokens_per_second": count / seconds,
+        }
+        result_text = json_format.dumps(result, ensure_ascii=False, indent=1)
+    else:
+        result_text = RULE.join(sample.prompt + sample.text for sample in samples)
+    if output:
+        Path(output).write_text(result_text + "\n", encoding="utf-8")
+        say(f"{len(samples)} texts of {sum(len(s.text) for s in samples):,} characters are in {output}")
+    elif json:
+        print(result_text)
+    else:
+        print("".join(RULE + sample.prompt + sample.text for sample in samples[1:]))
+    if cut:
+        sys.exit(130)
+
+
+def show(text: Text, shown: int, first_time: bool) -> int:
+    """Print what of a text has come since; returns how much of it is printed now, the prompt counted in."""
+    sure = text.prompt + text.sure()
+    print(sure[0 if first_time else shown :], end="", flush=True)
+    return len(sure)
+
+
+def tell_if_long(net: GPT, tokenizer: Tokenizer, prompt: str) -> None:
+    if (n := len(tokenizer.encode(prompt))) > net.config.block_size:
+        say(f"the prompt has {n:,} tokens, and this net sees the last {net.config.block_size} of them")
+
+
+def converse(
+    net: GPT,
+    tokenizer: Tokenizer,
+    history: str,
+    max_new_tokens: int,
+    seed: int,
+    on_unknown: Literal["error", "skip"],
+    how: dict,
+) -> None:
+    """Ask for a line, go on with the text so far and that line, and so on until the end of input or Ctrl-C."""
+    with suppress(ImportError):
+        import readline  # noqa: F401  # input() then has arrow keys and a history
+    if sys.stdin.isatty():
+        say("type a line to go on from, Ctrl-C to cut an answer short, Ctrl-D to end")
+    turn = 0
+    while True:
+        try:
+            line = input("> " if sys.stdin.isatty() else "")
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        try:
+            line = texts.spelled(tokenizer, line, on_unknown) if line else ""
+        except ValueError as error:
+            say(str(error))
+            continue
+        end = "" if tokenizer.unknown("\n") else "\n"
+        history = texts.spelled(tokenizer, history + line + end)
+        pieces, turn = texts.stream(net, tokenizer, history, max_new_tokens, seed=seed + turn, **how), turn + 1
+        try:
+            for piece in pieces:
+                print(piece, end="", flush=True)
+                history += piece
+        except KeyboardInterrupt:
+            pass
+        print()
+        history += end
+
+
+def score(
+    text_file: str,
+    ckpt_path: str = "best",
+    stride: int | None = None,
+    on_unknown: Literal["error", "skip"] = "error",
+    json: bool = False,
+    device: str = "auto",
+) -> None:
+    """Say how likely a checkpoint finds a text, in nats and bits per character.
+
+    Args:
+        text_file: a UTF-8 file; - is stdin.
+        ckpt_path: the checkpoint; best or last is the newest file of that name below checkpoints/, or the small net
+            that comes with the package.
+        stride: characters by which the window of block_size moves on; only new ones are counted. null is block_size,
+            windows side by side as in validate; a smaller one gives each character a longer past, and takes longer.
+        on_unknown: what to do with characters that the net doesn't know.
+        json: print JSON.
         device: auto, cpu, cuda, cuda:1, mps ...; auto takes the accelerator if there is one.
     """
-    for name, value in {"max_new_tokens": max_new_tokens, "num_samples": num_samples}.items():
-        if value < 1:
-            raise ValueError(f"{name}={value} must be 1 or more")
-    if prompt == "":
-        raise ValueError("the prompt is empty: give at least one character, such as a new line")
-    if device == "auto":
-        device = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
-    try:
-        dice = torch.Generator(device)
-    except RuntimeError as error:
-        raise ValueError(f"device={device} can't be used here: {str(error).splitlines()[0][:100]}") from None
-    net, tokenizer = checkpoint.load(checkpoint.find(ckpt_path), device)
-    if prompt is None:
-        prompt = tokenizer.vocabulary[0] if tokenizer.unknown("\n") else "\n"
-    idx = torch.as_tensor(tokenizer.encode(prompt), device=device)[None]
-    for i in range(num_samples):
-        if i:
-            print("\n" + "-" * 40)
-        print(tokenizer.decode(idx), end="", flush=True)
-        dice.manual_seed(mix(seed, i))
-        for token in stream(net, idx, max_new_tokens, temperature=temperature, top_k=top_k, generator=dice):
-            print(tokenizer.decode(token), end="", flush=True)
-    print()
+    text = read(text_file)
+    net, tokenizer, path = load(ckpt_path, device, "float32")
+    if on_unknown == "skip" and text and (unknown := tokenizer.unknown(text)):
+        say(f"left out what this net doesn't know: {unknown[:40]!r}")
+        text = texts.spelled(tokenizer, text, "skip")
+    found = texts.score(net, tokenizer, text, stride)
+    if json:
+        print(json_format.dumps({"checkpoint": path, "stride": stride or net.config.block_size} | found._asdict()))
+        return
+    print(
+        f"{found.nats_per_character:.4f} nats, {found.bits_per_character:.4f} bits per character "
+        f"({found.characters:,} of them, perplexity {found.perplexity:.3f}): {text_file} under {path}"
+    )

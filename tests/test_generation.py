@@ -1,12 +1,13 @@
 """Sampling: the right odds, the same text with a cache and without, only what the vocabulary has."""
 
+import itertools
 import math
 
 import pytest
 import torch
 from conftest import T, V
 
-from lightning_gpt.generation import KVCache, generate, sample
+from lightning_gpt.generation import KVCache, generate, sample, stream
 from lightning_gpt.model import GPT, GPTConfig
 from lightning_gpt.tokenizer import CharTokenizer
 
@@ -21,16 +22,53 @@ def test_cached_and_full_decoding_agree(any_net, idx, n):
 
 def test_cached_logits_equal_full_logits(any_net, idx):
     net = any_net
-    cache = KVCache()
-    pieces = [net(idx[:, :5], cache)] + [net(idx[:, t : t + 1], cache) for t in range(5, T)]
+    cache, cuts = KVCache(T), [0, 5, 8, 9, 10, 11, T]
+    pieces = [net(idx[:, a:b], cache) for a, b in itertools.pairwise(cuts)]
     torch.testing.assert_close(torch.cat(pieces, 1), net(idx), rtol=0, atol=1e-12)
 
 
-def test_a_long_piece_on_top_of_a_cache_is_refused(net, idx):
-    cache = KVCache()
-    net(idx[:, :3], cache)
-    with pytest.raises(ValueError, match="only the first piece"):
-        net(idx[:, 3:6], cache)
+@pytest.mark.parametrize("stride", [1, 5, T])
+@pytest.mark.parametrize("lengths", [[3, 3, 3], [1, 2 * T, T], [T, 7, T + 1]])
+def test_each_prompt_of_a_batch_is_continued_as_if_it_were_alone_and_without_a_cache(any_net, lengths, stride):
+    prompts = torch.randint(V, (3, max(lengths)), generator=torch.Generator().manual_seed(2))
+    how = {"temperature": 0, "stride": stride, "repetition_penalty": 1.3}
+    together = generate(any_net, prompts, 2 * T, lengths=lengths, **how)
+    for row, prompt, n in zip(together, prompts, lengths, strict=True):
+        alone = generate(any_net, prompt[None, :n], 2 * T, use_cache=False, **how)
+        assert torch.equal(row[: n + 2 * T], alone[0]) and not row[n + 2 * T :].any()
+
+
+def test_the_context_begins_where_the_stride_says(net, idx):
+    used = []
+    with net.register_forward_hook(lambda net, args, logits: used.append(args[0].size(1))):
+        generate(net, idx[:, :3], 2 * T, stride=4, use_cache=False)
+    assert used == [*range(3, T + 1), *[n for _ in range(4) for n in range(T - 3, T + 1)]][: 2 * T]
+
+
+def test_rows_with_dice_of_their_own_do_not_depend_on_the_batch(any_net, idx):
+    texts = [generate(any_net, idx[:n, :3], 20, generator=dice_for(range(n))) for n in (1, 2)]
+    assert torch.equal(texts[0][0], texts[1][0]) and not torch.equal(texts[1][0], texts[1][1])
+    again = generate(any_net, idx[1:2, :3], 20, generator=dice_for([1]))
+    assert torch.equal(again[0], texts[1][1])
+
+
+def dice_for(seeds):
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs")
+@pytest.mark.parametrize("lengths", [[3, 3], [T, 4]])
+def test_recorded_steps_write_what_unrecorded_ones_do(any_net, idx, lengths):
+    net, idx = any_net.cuda(), idx.cuda()
+    how = {"temperature": 0, "lengths": lengths, "repetition_penalty": 1.2, "stride": 5}
+    assert torch.equal(generate(net, idx, 3 * T, record=True, **how), generate(net, idx, 3 * T, record=False, **how))
+
+
+def test_log_probabilities_are_the_nets_own(any_net, idx):
+    drawn = list(stream(any_net, idx[:, :3], 6, temperature=2.0, top_k=5, logprobs=True))
+    text = torch.cat((idx[:, :3], *(new.ids for new in drawn)), 1)
+    odds = any_net(text)[:, 2:-1].log_softmax(-1).gather(2, text[:, 3:, None])[..., 0]
+    torch.testing.assert_close(torch.cat([new.logprobs for new in drawn], 1), odds.float(), rtol=0, atol=1e-6)
 
 
 def test_a_prompt_longer_than_block_size_goes_on_from_its_end(net, idx):
@@ -51,6 +89,39 @@ def test_sampling_has_the_right_odds(temperature):
     assert ((drawn - odds).abs() < 4 * (odds * (1 - odds) / n).sqrt()).all()
 
 
+@pytest.mark.parametrize(
+    "how, odds",
+    [
+        ({}, [0.5, 0.2, 0.2, 0.1]),
+        ({"top_k": 2}, [5 / 7, 2 / 7, 0, 0]),
+        ({"top_p": 0.49}, [1, 0, 0, 0]),
+        ({"top_p": 0.51}, [5 / 7, 2 / 7, 0, 0]),
+        ({"top_p": 0.95, "top_k": 3}, [5 / 9, 2 / 9, 2 / 9, 0]),
+        ({"top_p": 1e-9}, [1, 0, 0, 0]),
+        ({"min_p": 0.39}, [5 / 9, 2 / 9, 2 / 9, 0]),
+        ({"min_p": 0.41}, [1, 0, 0, 0]),
+        ({"min_p": 0.3, "temperature": 2.0}, None),
+    ],
+)
+def test_restrictions_leave_the_right_odds(how, odds):
+    n, p = 4000, torch.tensor([0.5, 0.2, 0.2, 0.1])
+    odds = torch.tensor(odds) if odds else p.sqrt() / p.sqrt().sum()  # at 2.0 the least likely has 0.45 of the best
+    dice = torch.Generator().manual_seed(0)
+    drawn = sample(p.log().expand(n, 4), generator=dice, **how).flatten().bincount(minlength=4) / n
+    assert ((drawn - odds).abs() <= 4 * (odds * (1 - odds) / n).sqrt()).all()
+
+
+def test_a_repetition_penalty_divides_the_logits_of_what_was_said(net, idx):
+    prompt = idx[:, :4]
+    seen = torch.zeros(2, V, dtype=torch.bool).scatter(1, prompt, True)
+    logits = net(prompt)[:, -1]
+    changed = torch.where(seen, torch.where(logits > 0, logits / 3, logits * 3), logits)
+    (new,) = stream(net, prompt, 1, temperature=0, repetition_penalty=3.0)
+    assert torch.equal(new.ids[:, 0], changed.argmax(-1))
+    text = generate(net, prompt[:1], 8, temperature=0, repetition_penalty=1e9)[0].tolist()
+    assert len(set(text)) == len(set(prompt[0].tolist())) + 8  # nothing twice as long as there is something new
+
+
 def test_top_k_with_ties_keeps_exactly_k():
     dice = torch.Generator().manual_seed(0)
     assert len({sample(torch.zeros(1, 5), top_k=2, generator=dice).item() for _ in range(200)}) == 2
@@ -61,10 +132,19 @@ def test_temperature_zero_takes_the_likeliest(net, idx):
     assert torch.equal(sample(logits, temperature=0)[:, 0], logits.argmax(-1))
 
 
-@pytest.mark.parametrize("how", [{"temperature": -0.1}, {"temperature": math.nan}, {"top_k": 0}])
+@pytest.mark.parametrize(
+    "how",
+    [{"temperature": -0.1}, {"temperature": math.nan}, {"top_k": 0}, {"top_p": 0.0}, {"top_p": 1.1}, {"min_p": -0.1}],
+)
 def test_senseless_settings_are_refused_by_name(how):
     with pytest.raises(ValueError, match=next(iter(how))):
         sample(torch.zeros(1, 5), **how)
+
+
+@pytest.mark.parametrize("how", [{"stride": 0}, {"stride": T + 1}, {"repetition_penalty": 0.0}, {"compile": True}])
+def test_senseless_settings_of_a_text_are_refused_by_name(net, idx, how):
+    with pytest.raises(ValueError, match=next(iter(how))):
+        generate(net, idx, 2, **how)
 
 
 def test_generation_leaves_the_net_as_it_was(net, idx):

@@ -1,0 +1,111 @@
+"""How fast text is written here, beside recomputing the whole context for every character as nanoGPT does.
+
+    python -m lightning_gpt.bench_generation
+
+Same weights (random ones), same process, in turns. "recomputing" is the loop of nanoGPT's sample.py: a forward of the
+newest block_size tokens for each token, on CUDA with float32 weights under bfloat16 autocast; its mean time at lengths
+spread evenly over the text. "ours" writes the whole text, from the call to the last character on the host, in bfloat16
+on CUDA. Both begin with a new line. Within a block the two give the same text; beyond it our context moves on by half
+a block whenever it is full, see `generation.stream`.
+"""
+
+import json as json_format
+import sys
+import time
+from contextlib import nullcontext
+from typing import Any
+
+import jsonargparse
+import torch
+
+from .generation import generate, sample
+from .main import run
+from .model import GPT, GPTConfig
+
+SHAPES = {
+    "0.8M, block 64": GPTConfig(65, 64, 4, 4, 128, dropout=0.0, bias=False),
+    "10.7M, block 256": GPTConfig(65, 256, 6, 6, 384, dropout=0.0, bias=False),
+    "GPT-2 124M, block 1024": GPTConfig(50304, 1024, 12, 12, 768, dropout=0.0, bias=False, tie_embeddings=True),
+}
+CPU = ["0.8M, block 64 x 1", "10.7M, block 256 x 1"]
+GPU = ["10.7M, block 256 x 1", "10.7M, block 256 x 64", "GPT-2 124M, block 1024 x 1"]
+HOW: dict[str, Any] = {"temperature": 0.8, "top_k": 200}  # sample.py's
+
+
+@torch.no_grad()
+def recomputing(net: GPT, batch_size: int, n: int) -> float:
+    """Seconds for n tokens without a cache."""
+    S, device, times = net.config.block_size, net.wte.weight.device, []
+    lengths = torch.linspace(1, n, 16).int().tolist()
+    text = torch.zeros(batch_size, n, dtype=torch.long, device=device)
+    with torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext():
+        for _ in range(4):  # the first is to warm up
+            text.cpu()
+            since = time.perf_counter()
+            for length in lengths:
+                window = text[:, max(0, length - S) : length]
+                last = torch.full((batch_size,), window.size(1) - 1, device=device)
+                new = sample(net(window, only=last)[:, 0], **HOW)
+                torch.cat((text[:, :length], new), 1)
+            new.cpu()
+            times.append(time.perf_counter() - since)
+    return min(times[1:]) / len(lengths) * n
+
+
+def writing(net: GPT, batch_size: int, n: int, compile: bool = False) -> tuple[float, float]:
+    """Seconds for n tokens with the cache, and for the first call."""
+    idx, times = torch.zeros(batch_size, 1, dtype=torch.long, device=net.wte.weight.device), []
+    for _ in range(3):
+        since = time.perf_counter()
+        generate(net, idx, n, stride=net.config.block_size // 2, compile=compile, **HOW).cpu()
+        times.append(time.perf_counter() - since)
+    return min(times[1:]), times[0]
+
+
+def bench(nets: list[str] | None = None, compile: bool = True, json: bool = False) -> None:
+    """Print how many characters a second are written here, beside recomputing the context for each.
+
+    Args:
+        nets: what to measure, "NAME x BATCH_SIZE" with the names above; null takes what fits this machine.
+        compile: on CUDA, measure compiled steps too; compiling takes minutes.
+        json: print JSON instead of a table.
+    """
+    gpu, rows = torch.cuda.is_available(), []
+    where = torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads"
+    if not json:
+        print(f"{where}: characters a second\n{'':28}{'':>16}{'recomputing':>12}{'ours':>19}", end="")
+        print(f"{'compiled':>19}" if gpu and compile else "")
+    for each in nets or (GPU if gpu else CPU):
+        name, _, batch_size = each.rpartition(" x ")
+        if name not in SHAPES or not batch_size.isdecimal() or batch_size == "0":
+            raise ValueError(f"nets has {each!r}: give NAME x BATCH_SIZE, with a name of {', '.join(SHAPES)}")
+        torch.manual_seed(0)
+        B, net = int(batch_size), GPT(SHAPES[name]).eval()
+        fast = GPT(SHAPES[name]).eval()
+        fast.load_state_dict(net.state_dict())
+        if gpu:
+            net.cuda(), fast.cuda().bfloat16()
+        S = net.config.block_size
+        for what, n in ("within a block", S - 1), (f"{max(500, S + S // 2):,} characters", max(500, S + S // 2)):
+            row: dict[str, Any] = {
+                "net": name,
+                "batch_size": B,
+                "text": what,
+                "recomputing": B * n / recomputing(net, B, n),
+            }
+            seconds, first = writing(fast, B, n)
+            row |= {"ours": B * n / seconds, "first_call_s": first}
+            if gpu and compile:
+                seconds, first = writing(fast, B, n, compile=True)
+                row |= {"compiled": B * n / seconds, "first_compiled_call_s": first}
+            rows.append(row)
+            if not json:
+                faster = [row[key] for key in ("ours", "compiled") if key in row]
+                cells = [f"{speed:12,.0f}{speed / row['recomputing']:6.1f}x" for speed in faster]
+                print(f"{each:28}{what:>16}{row['recomputing']:12,.0f}" + "".join(cells), flush=True)
+    if json:
+        print(json_format.dumps({"device": where, "rows": rows}))
+
+
+if __name__ == "__main__":
+    run(lambda args: jsonargparse.auto_cli(bench, args=args, as_positional=False), sys.argv[1:])

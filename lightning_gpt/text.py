@@ -1,0 +1,245 @@
+"""Text in, text out: what a net goes on with after a prompt, and how likely it finds a text. Torch only.
+
+from lightning_gpt import generate, load
+
+net, tokenizer = load()
+print(generate(net, tokenizer, "ROMEO:"))
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
+
+from . import checkpoint
+from .generation import stream as stream_ids
+from .model import GPT
+from .seeds import mix
+from .tokenizer import CharTokenizer, TokenIds
+
+SHIPPED = Path(__file__).parent / "shakespeare.ckpt"  # what speaks where nothing was trained yet
+GROUP = 32  # tokens that a GPU writes before the host looks at them
+Tokenizer = CharTokenizer | TokenIds
+
+
+def find(ckpt_path: str | Path = "best") -> Path:
+    """As `checkpoint.find`, but `best` is the shipped checkpoint where no run has left one."""
+    try:
+        return checkpoint.find(ckpt_path)
+    except FileNotFoundError:
+        if str(ckpt_path) != "best" or not SHIPPED.exists():
+            raise
+        return SHIPPED
+
+
+def load(
+    ckpt_path: str | Path = "best",
+    device: str = "auto",
+    precision: Literal["auto", "float32", "bfloat16"] = "auto",
+) -> tuple[GPT, Tokenizer]:
+    """The net and the tokenizer of a checkpoint: of the newest run, or of the one that comes with the package.
+
+    Args:
+        ckpt_path: a file; best or last is the newest of that name below checkpoints/.
+        device: auto takes the accelerator if there is one.
+        precision: of weights and sums; auto is bfloat16 on CUDA and float32 elsewhere.
+    Raises:
+        ValueError: the device can't be used, or the file is no good checkpoint. FileNotFoundError: there is none.
+    """
+    if device == "auto":
+        device = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device={device} can't be used here: {str(error).splitlines()[0][:100]}") from None
+    net, tokenizer = checkpoint.load(find(ckpt_path), device)
+    if precision == "bfloat16" or precision == "auto" and net.wte.weight.device.type == "cuda":
+        angles = getattr(net, "rotary", None)
+        net.bfloat16()
+        if angles is not None:
+            net.rotary = angles  # three digits are too few for an angle
+    return net, tokenizer
+
+
+@dataclass
+class Text:
+    """A prompt and what was written after it so far."""
+
+    prompt: str
+    text: str = ""
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)  # ln of how likely the net found each token, if asked for
+    ended: Literal["", "length", "stop"] = ""  # by what; a stop string is no part of `text`
+    decoded: int = 0  # tokens whose characters are in `text`
+    stop: Sequence[str] = ()
+
+    def add(self, tokens: list[int], logprobs: list[float], tokenizer: Tokenizer, last: bool) -> None:
+        if self.ended:
+            return
+        self.tokens += tokens
+        self.logprobs += logprobs
+        tail = tokenizer.decode(torch.tensor(self.tokens[self.decoded :]))
+        if tail.endswith("\ufffd") and not last and len(tail) < 2 * GROUP:
+            return  # a part of a character: the rest is to come
+        before, self.decoded = len(self.text), len(self.tokens)
+        self.text += tail
+        ends = [self.text.find(stop, max(0, before + 1 - len(stop))) for stop in self.stop]
+        if found := [(at, stop) for at, stop in zip(ends, self.stop, strict=True) if at >= 0]:
+            at, stop = min(found)
+            while stop in tokenizer.decode(torch.tensor(self.tokens[:-1], dtype=torch.long)):
+                self.tokens.pop()  # a group of tokens may go on behind it
+            self.text, self.logprobs, self.ended = self.text[:at], self.logprobs[: len(self.tokens)], "stop"
+        elif last:
+            self.ended = "length"
+
+    def sure(self) -> str:
+        """The text without an end that may turn out to begin a stop string."""
+        if self.ended:
+            return self.text
+        starts = (stop[:n] for stop in self.stop for n in range(1, len(stop)))
+        return self.text[: len(self.text) - max((len(s) for s in starts if self.text.endswith(s)), default=0)]
+
+
+def spelled(tokenizer: Tokenizer, prompt: str, on_unknown: Literal["error", "skip"] = "error") -> str:
+    """The prompt as the net can read it; an empty one is a new line, as in the lecture.
+
+    Raises:
+        ValueError: it has unknown characters, and on_unknown is error.
+    """
+    unknown = tokenizer.unknown(prompt) if prompt else ""
+    if unknown and on_unknown == "skip":
+        ids = isinstance(tokenizer, TokenIds)
+        parts = prompt.split() if ids else list(prompt)
+        prompt = (" " if ids else "").join(part for part in parts if not tokenizer.unknown(part))
+    if not prompt:
+        prompt = tokenizer.vocabulary[0] if tokenizer.unknown("\n") else "\n"
+    tokenizer.encode(prompt)
+    return prompt
+
+
+def write(
+    net: GPT,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    max_new_tokens: int = 500,
+    *,
+    temperature: float = 0.8,
+    stop: Sequence[str] = (),
+    seed: int = 1337,
+    stride: int | None = None,
+    on_unknown: Literal["error", "skip"] = "error",
+    logprobs: bool = False,
+    **how,
+) -> Iterator[list[Text]]:
+    """Continue all prompts at once; yields the same texts again and again, each time some tokens longer.
+
+    Args:
+        prompts: of any lengths; of one longer than block_size the net reads the end. Each text is what it would be
+            alone, as it has dice of its own: of `seed` and its place in the batch.
+        stop: a text ends where one of these would begin.
+        seed: another seed gives other texts, the same one the same.
+        stride: tokens by which a full context moves on, see `generation.stream`; null is half of block_size, which is
+            fast; 1 is the lecture's window, a whole forward for each token.
+        on_unknown: what to do with characters that the net doesn't know.
+        logprobs: whether to fill in `Text.logprobs`.
+        how: top_k, top_p, min_p, repetition_penalty, compile ... of `generation.stream`.
+    Raises:
+        ValueError: a setting is out of its range, or a prompt can't be spelled.
+    """
+    if max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens={max_new_tokens} must be 1 or more")
+    if "" in stop:
+        raise ValueError("stop has an empty string, which would end every text at once")
+    device = net.wte.weight.device
+    texts = [Text(spelled(tokenizer, prompt, on_unknown), stop=stop) for prompt in prompts]
+    rows = [torch.as_tensor(tokenizer.encode(text.prompt)) for text in texts]
+    dice = [torch.Generator(device).manual_seed(mix(seed, i)) for i in range(len(texts))]
+    drawn = stream_ids(
+        net,
+        pad_sequence(rows, batch_first=True).to(device),
+        max_new_tokens,
+        lengths=[len(row) for row in rows],
+        stride=max(1, net.config.block_size // 2) if stride is None else stride,
+        temperature=temperature,
+        generator=dice,
+        logprobs=logprobs,
+        **how,
+    )
+    group, size = list[tuple[Tensor, Tensor | None]](), 1
+    for n, new in enumerate(drawn, start=1):
+        group.append(new)
+        if len(group) < size and n < max_new_tokens:
+            continue
+        ids = torch.cat([ids for ids, _ in group], 1).tolist()  # the one place where the host waits for the device
+        odds = torch.cat([odds for _, odds in group if odds is not None], 1).tolist() if logprobs else [[]] * len(texts)
+        for text, tokens, found in zip(texts, ids, odds, strict=True):
+            text.add(tokens, found, tokenizer, last=n == max_new_tokens)
+        yield texts
+        if all(text.ended for text in texts):
+            break
+        group.clear()
+        size = 1 if device.type == "cpu" else min(2 * size, GROUP)
+
+
+def stream(net: GPT, tokenizer: Tokenizer, prompt: str = "", max_new_tokens: int = 500, **how) -> Iterator[str]:
+    """Yields the text after the prompt piece by piece as it comes; `how` goes to `write`."""
+    shown = 0
+    for (text,) in write(net, tokenizer, [prompt], max_new_tokens, **how):
+        if piece := text.sure()[shown:]:
+            shown += len(piece)
+            yield piece
+
+
+def generate(net: GPT, tokenizer: Tokenizer, prompt: str = "", max_new_tokens: int = 500, **how) -> str:
+    """The text after the prompt; `how` goes to `write`."""
+    return "".join(stream(net, tokenizer, prompt, max_new_tokens, **how))
+
+
+class Score(NamedTuple):
+    """How a net finds a text, in the mean: a token is a character unless the tokenizer says otherwise."""
+
+    nats_per_character: float
+    bits_per_character: float
+    nats_per_token: float
+    perplexity: float  # exp(nats per token)
+    characters: int  # all but the first token's
+    tokens: int  # that were predicted, all but the first
+
+
+@torch.inference_mode()
+def score(net: GPT, tokenizer: Tokenizer, text: str, stride: int | None = None) -> Score:
+    """How likely the net finds a text; the same number as `lightning-gpt validate` says of its validation split.
+
+    Args:
+        stride: the window of block_size tokens moves on by so many, and only those are counted that it has not seen
+            before. null is block_size: windows side by side, as validate has them. A smaller one gives each token a
+            longer past, so a lower loss, and takes longer.
+    Raises:
+        ValueError: stride is out of its range, the text has unknown characters or less than two tokens.
+    """
+    ids, S, device = tokenizer.encode(text), net.config.block_size, net.wte.weight.device
+    stride = S if stride is None else stride
+    if not 1 <= stride <= S:
+        raise ValueError(f"stride={stride} must be between 1 and block_size={S}")
+    if len(ids) < 2:
+        raise ValueError(f"the text has {len(ids)} tokens: a score takes two or more, as nothing predicts the first")
+    windows = ids.unfold(0, S + 1, stride) if len(ids) > S else ids.new_empty(0, S + 1)
+    parts = [(windows[:1], S), *((piece, stride) for piece in windows[1:].split(max(1, 2**14 // S)))]
+    if rest := len(ids) - 1 - (S + (len(windows) - 1) * stride if len(windows) else 0):
+        parts.append((ids[None, len(windows) * stride :], rest))
+    nats = 0.0
+    for piece, fresh in parts:
+        if len(piece):
+            piece = piece.to(device)
+            logits = net(piece[:, :-1])[:, -fresh:].flatten(0, 1)
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            nats += F.cross_entropy(logits, piece[:, -fresh:].flatten(), reduction="sum").item()
+    tokens, characters = len(ids) - 1, len(text) - len(tokenizer.decode(ids[:1]))
+    each, mean = nats / max(1, characters), nats / tokens
+    return Score(each, each / math.log(2), mean, math.exp(min(mean, 700)), characters, tokens)

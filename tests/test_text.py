@@ -1,0 +1,220 @@
+"""Text in, text out: streaming, stop strings, scores, the small checkpoint, and the commands that stand on them."""
+
+import io
+import json
+import math
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import loud
+
+import lightning_gpt
+from lightning_gpt import checkpoint, text
+from lightning_gpt.data import EveryWindow
+from lightning_gpt.main import main
+from lightning_gpt.model import GPT, GPTConfig
+from lightning_gpt.text import Text, generate, load, score, spelled, stream, write
+from lightning_gpt.tokenizer import CharTokenizer
+
+KNOWN = CharTokenizer("\n abcdefgh")
+
+
+@pytest.fixture(scope="module")
+def small():
+    return loud(GPT(GPTConfig(len(KNOWN), 12, 2, 2, 16, dropout=0.0)))
+
+
+class Bytes:
+    """A tokenizer whose tokens are parts of characters."""
+
+    vocabulary = "\n"
+
+    def unknown(self, text):
+        return ""
+
+    def encode(self, text):
+        return torch.tensor(list(text.encode()))
+
+    def decode(self, ids):
+        return bytes(ids.flatten().tolist()).decode(errors="replace")
+
+
+def test_pieces_make_up_the_text_and_every_prompt_has_its_own(small):
+    whole = generate(small, KNOWN, "abc", 30, seed=3)
+    assert len(whole) == 30 and "".join(stream(small, KNOWN, "abc", 30, seed=3)) == whole
+    *_, texts = write(small, KNOWN, ["abc", "a" * 20], 30, seed=3, logprobs=True)
+    assert texts[0].text == whole and [t.ended for t in texts] == ["length", "length"]
+    assert all(len(t.tokens) == len(t.logprobs) == 30 and max(t.logprobs) < 0 for t in texts)
+
+
+@pytest.mark.parametrize("size", [1, 7])
+def test_a_text_ends_before_a_stop_string_and_shows_no_part_of_it(size):
+    shown, written = "", Text("", stop=["gab", "hh"])
+    tokens = KNOWN.encode("abgafgabhhc").tolist()
+    for at in range(0, len(tokens), size):
+        written.add(tokens[at : at + size], [-1.0] * len(tokens[at : at + size]), KNOWN, last=False)
+        assert written.sure().startswith(shown)
+        shown = written.sure()
+    assert (shown, written.ended, len(written.tokens), len(written.logprobs)) == ("abgaf", "stop", 8, 8)
+
+
+def test_a_held_back_beginning_of_a_stop_string_comes_out_at_the_end():
+    written = Text("", stop=["gab"])
+    written.add(KNOWN.encode("hga").tolist(), [], KNOWN, last=False)
+    assert written.sure() == "h"
+    written.add(KNOWN.encode("g").tolist(), [], KNOWN, last=True)
+    assert written.sure() == "hgag" and written.ended == "length"
+
+
+def test_characters_of_several_tokens_are_shown_whole():
+    written, shown = Text(""), []
+    for n, byte in enumerate("né🎭!".encode(), start=1):
+        written.add([byte], [], Bytes(), last=n == 8)
+        shown.append(written.sure())
+    assert shown == ["n", "n", "né", "né", "né", "né", "né🎭", "né🎭!"]
+
+
+def test_an_empty_prompt_is_a_new_line_and_unknown_characters_may_be_skipped(small):
+    assert spelled(KNOWN, "") == "\n" and spelled(CharTokenizer("xy"), "") == "x"
+    assert spelled(KNOWN, "aXbYc", "skip") == "abc" and spelled(KNOWN, "XY", "skip") == "\n"
+    with pytest.raises(ValueError, match="'XY'"):
+        spelled(KNOWN, "aXbYc")
+    assert generate(small, KNOWN, "aXb", 9, on_unknown="skip") == generate(small, KNOWN, "ab", 9)
+
+
+@pytest.mark.parametrize("n", [13, 14, 40, 61])
+def test_windows_side_by_side_score_as_validation_does(small, n):
+    ids = torch.randint(len(KNOWN), (n,), generator=torch.Generator().manual_seed(n))
+    losses = [
+        (torch.nn.functional.cross_entropy(small(w[:, :-1]).flatten(0, 1), w[:, 1:].flatten(), reduction="sum"))
+        for w in EveryWindow(ids, 12, 3)
+    ]
+    found = score(small, KNOWN, KNOWN.decode(ids))
+    assert found.characters == n - 1
+    assert found.nats_per_character == pytest.approx(sum(losses).item() / (n - 1), abs=1e-12)
+    assert found.bits_per_character == pytest.approx(found.nats_per_character / math.log(2))
+
+
+@pytest.mark.parametrize("stride", [1, 5])
+@pytest.mark.parametrize("n", [8, 13, 44])
+def test_a_sliding_window_counts_each_character_once_with_the_longest_past(small, n, stride):
+    ids = torch.randint(len(KNOWN), (n,), generator=torch.Generator().manual_seed(n))
+    nats = 0.0
+    for target in range(1, n):
+        window = 0 if target <= 12 else math.ceil((target - 12) / stride) * stride  # where the first that has it begins
+        nats -= small(ids[None, window:target])[0, -1].log_softmax(-1)[ids[target]].item()
+    assert score(small, KNOWN, KNOWN.decode(ids), stride).nats_per_token == pytest.approx(nats / (n - 1), abs=1e-12)
+
+
+def test_bad_texts_and_strides_have_no_score(small):
+    for words, stride, message in ("a", None, "1 tokens"), ("abc", 13, "stride=13"), ("aX", None, "'X'"):
+        with pytest.raises(ValueError, match=message):
+            score(small, KNOWN, words, stride)
+
+
+def test_score_says_what_validate_says(ckpt, text_file, tmp_path, capsys):
+    words = text_file.read_text()
+    (tmp_path / "val.txt").write_text(words[int(0.9 * len(words)) :])
+    main(["validate", f"--ckpt_path={ckpt}"])
+    loss = float(re.search(r"val/loss[^\w\n]+([\d.]+)", capsys.readouterr().out).group(1))
+    main(["score", f"--text_file={tmp_path}/val.txt", f"--ckpt_path={ckpt}", "--json=true"])
+    assert json.loads(capsys.readouterr().out)["nats_per_character"] == pytest.approx(loss, abs=1e-5)
+    main(["score", f"--text_file={tmp_path}/val.txt", f"--ckpt_path={ckpt}", "--stride=4"])
+    assert re.match(r"\d\.\d{4} nats, \d\.\d{4} bits per character", capsys.readouterr().out)
+
+
+def test_a_shrunk_checkpoint_is_the_same_net_within_half_a_step_and_works_everywhere(ckpt, tmp_path, capsys):
+    out = tmp_path / "small.ckpt"
+    main(["shrink", f"--ckpt_path={ckpt}", f"--output={out}"])
+    assert out.stat().st_size < ckpt.stat().st_size / 3
+    (net, tokenizer), (shrunk, same) = checkpoint.load(ckpt), checkpoint.load(out)
+    assert tokenizer.vocabulary == same.vocabulary
+    for w, v in zip(net.parameters(), shrunk.parameters(), strict=True):
+        step = w.abs().amax(-1, keepdim=True) / 127 if w.dim() == 2 else 0 * w
+        assert ((w - v).abs() <= step / 2 + 1e-7).all()
+    main(["validate", f"--ckpt_path={out}"])
+    assert "val/loss" in capsys.readouterr().out
+    data = bytearray(out.read_bytes())
+    data[len(data) // 2] ^= 1
+    out.write_bytes(data)
+    with pytest.raises(ValueError, match="damaged"):
+        checkpoint.read(out)
+
+
+def test_where_nothing_was_trained_the_shipped_net_speaks_and_says_so(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    main(["generate", "--prompt=ROMEO:", "--max_new_tokens=8", "--device=cpu"])
+    told = capsys.readouterr()
+    assert told.out.startswith("ROMEO:\n") and len(told.out) == len("ROMEO:") + 8 + 1
+    assert "shakespeare.ckpt" in told.err and told.err.count("\n") == 1
+    assert text.SHIPPED.stat().st_size < 2_000_000
+    with pytest.raises(FileNotFoundError):
+        text.find("last")
+    net, tokenizer = load(device="cpu")
+    words = (text.SHIPPED.parent / "corpus" / "tiny_shakespeare.txt").read_text()
+    assert score(net, tokenizer, words[-3000:]).nats_per_character < 1.5
+
+
+def test_the_package_fetches_its_three_lines_lazily():
+    code = "import sys, lightning_gpt as p; early = 'torch' in sys.modules; p.load; "
+    code += "sys.exit(early or 'lightning' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert lightning_gpt.load is load and lightning_gpt.generate is generate
+    with pytest.raises(AttributeError, match="nonsense"):
+        lightning_gpt.nonsense  # noqa: B018
+
+
+def said(capsys, *args):
+    capsys.readouterr()
+    main(["generate", "--device=cpu", *map(str, args)])
+    return capsys.readouterr()
+
+
+def test_a_prompt_comes_from_a_file_or_from_stdin_and_the_text_may_go_to_a_file(ckpt, tmp_path, capsys, monkeypatch):
+    ask = ["--ckpt_path", ckpt, "--max_new_tokens", 20]
+    expected = said(capsys, *ask, "--prompt", "the cat").out
+    (tmp_path / "prompt.txt").write_text("the cat")
+    assert said(capsys, *ask, "--prompt_file", tmp_path / "prompt.txt").out == expected
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"the cat")))
+    told = said(capsys, *ask, "--prompt_file", "-", "--output", tmp_path / "out.txt")
+    assert told.out == "" and "20 characters" in told.err and (tmp_path / "out.txt").read_text() == expected
+
+
+def test_json_has_text_tokens_odds_and_speed(ckpt, capsys):
+    ask = ["--ckpt_path", ckpt, "--prompt", "the cat", "--max_new_tokens", 15, "--num_samples", 2]
+    found = json.loads(said(capsys, *ask, "--json", "true").out)
+    plain = said(capsys, *ask).out
+    for sample in found["samples"]:
+        assert "the cat" + sample["text"] in plain and len(sample["tokens"]) == len(sample["logprobs"]) == 15
+    assert found["tokens_per_second"] == pytest.approx(30 / found["seconds"])
+    assert found["prompt"] == "the cat" and found["settings"]["max_new_tokens"] == 15
+
+
+def test_long_prompts_and_skipped_characters_are_told(ckpt, capsys):
+    told = said(capsys, "--ckpt_path", ckpt, "--prompt", "the cat € " * 3, "--max_new_tokens", 5, "--on_unknown=skip")
+    assert "'€'" in told.err and "sees the last 16 of them" in told.err
+    assert told.out.startswith("the cat  the cat  ")
+
+
+def test_a_conversation_goes_on_from_what_was_said(ckpt, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("the cat\n€\nwho\n"))
+    told = said(capsys, "--ckpt_path", ckpt, "--interactive=true", "--max_new_tokens", 9)
+    net, tokenizer = load(ckpt, "cpu")
+    first = generate(net, tokenizer, "the cat\n", 9)
+    second = generate(net, tokenizer, f"the cat\n{first}\nwho\n", 9, seed=1338)
+    assert told.out == f"{first}\n{second}\n\n" and "'€'" in told.err
+
+
+def test_ctrl_c_ends_with_what_there_is(ckpt, tmp_path):
+    command = [sys.executable, "-m", "lightning_gpt", "generate", f"--ckpt_path={ckpt}", "--max_new_tokens=1000000"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.read(5)
+    time.sleep(0.3)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and err == b"" and out.endswith(b"\n")
