@@ -119,8 +119,7 @@ def spelled(tokenizer: Tokenizer, prompt: str, on_unknown: Literal["error", "ski
         prompt = (" " if ids else "").join(part for part in parts if not tokenizer.unknown(part))
     if not prompt:
         prompt = tokenizer.vocabulary[0] if tokenizer.unknown("\n") else "\n"
-    tokenizer.encode(prompt)
-    return prompt
+    return tokenizer.decode(torch.as_tensor(tokenizer.encode(prompt)))  # ids written as numbers get their last space
 
 
 def write(
