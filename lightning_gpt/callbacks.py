@@ -227,8 +227,9 @@ class Progress(TQDMProgressBar):
     def on_train_start(self, trainer: L.Trainer, *_) -> None:
         super().on_train_start(trainer, *_)
         self.start, self.start_step = time.monotonic(), trainer.global_step
+        bar = self.train_progress_bar
+        bar.initial = bar.n = trainer.fit_loop.total_batch_idx + 1  # the time left is of what comes
         self.set_up_bar(trainer)
-        self.train_progress_bar.initial = trainer.fit_loop.total_batch_idx + 1  # the time left is of what comes
 
     def on_train_epoch_start(self, trainer: L.Trainer, *_) -> None:
         super().on_train_epoch_start(trainer)  # which a resumed run does not get to
