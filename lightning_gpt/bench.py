@@ -12,7 +12,7 @@ import tempfile
 import time
 from contextlib import nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import torch
@@ -124,6 +124,8 @@ class Bench(CLI):
 
     def fit(self, model: LanguageModel, datamodule: TinyShakespeare, **_) -> None:
         ask, trainer = self.config.fit.bench, self.trainer
+        if model.hparams.rung:
+            raise ValueError(f"model.rung={model.hparams.rung} is there to be read: the bench is the GPT's")
         if ask.vocab_size:
             datamodule.train_tokens = torch.randint(ask.vocab_size, (10_000_000,), dtype=torch.int32)
             model = LanguageModel(**{**model.hparams, "vocab_size": ask.vocab_size})
@@ -147,7 +149,7 @@ class Bench(CLI):
         rows = {}
         for name, seconds in seconds_of.items():
             speed = tokens * ask.steps / seconds
-            mfu = speed * flops_per_token(lm.net) / rate / trainer.world_size
+            mfu = speed * flops_per_token(cast(GPT, lm.net)) / rate / trainer.world_size
             rows[name] = {"ms_per_step": 1e3 * seconds / ask.steps, "tokens_per_second": speed, "mfu": mfu}
         gib = torch.cuda.max_memory_reserved() / 2**30 if device.type == "cuda" else math.nan
         result: dict[str, Any] = {

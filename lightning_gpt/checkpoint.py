@@ -7,12 +7,12 @@ import os
 import zipfile
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import fields
 from pathlib import Path
 
 import torch
 
-from .model import GPT, GPTConfig
+from .lecture import Rung, build
+from .model import GPT
 from .tokenizer import CharTokenizer, TokenIds
 
 ROOT = Path("checkpoints")  # where runs land
@@ -142,14 +142,13 @@ def read_strictly(path: Path) -> dict:
     return saved
 
 
-def load(path: str | Path, device: str | torch.device = "cpu") -> tuple[GPT, CharTokenizer | TokenIds]:
+def load(path: str | Path, device: str | torch.device = "cpu") -> tuple[GPT | Rung, CharTokenizer | TokenIds]:
     """The net and the tokenizer of a checkpoint, ready to sample from, in float32 on `device`."""
     saved = read(path)
     sizes, weights = saved["hyper_parameters"], saved["state_dict"]
-    names = {field.name for field in fields(GPTConfig)}
     try:
         with torch.device(device):
-            net = GPT(GPTConfig(**{name: size for name, size in sizes.items() if name in names}))
+            net = build(sizes)
         prefix = "average." if sizes.get("ema_decay") else "net."  # the average is what was validated
         net.load_state_dict({k.removeprefix(prefix): w for k, w in weights.items() if k.startswith(prefix)})
         data = saved["datamodule_hyper_parameters"]

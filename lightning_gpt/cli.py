@@ -152,8 +152,9 @@ class CLI(LightningCLI):
         if self.trainer.is_global_zero:
             data, t = self.datamodule, self.trainer
             size = sum(p.numel() for p in self.model.net.parameters())
+            many = f"{size / 1e6:.2f}M" if size >= 1e5 else f"{size:,}"
             print(
-                f"{size / 1e6:.2f}M parameters on {t.num_devices * t.num_nodes} x {t.strategy.root_device.type} "
+                f"{many} parameters on {t.num_devices * t.num_nodes} x {t.strategy.root_device.type} "
                 f"({t.precision}), {len(data.train_tokens):,} tokens to train on, {len(data.val_tokens):,} to "
                 f"validate, {t.max_steps:,} steps",
                 flush=True,

@@ -4,14 +4,14 @@ Shapes   B batch · T time (tokens) · H heads · S places in the cache · D cha
 """
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-if TYPE_CHECKING:
-    from .model import GPT
+from .lecture import Rung
+from .model import GPT
 
 
 class LayerCache:
@@ -171,7 +171,7 @@ class Writer:
 
     def __init__(
         self,
-        net: "GPT",
+        net: GPT | Rung,
         idx: Tensor,
         lengths: Sequence[int],
         steps: int,
@@ -243,6 +243,8 @@ class Writer:
             windows = self.windows(rows, t)
             piece, lengths = pad_sequence(windows, batch_first=True), [len(window) for window in windows]
         last = torch.tensor(lengths, device=device) - 1
+        if not isinstance(self.net, GPT):
+            return self.net(piece)[torch.arange(len(rows), device=device), last]
         if not self.use_cache:
             return self.net(piece, only=last)[:, 0]
         cache, where = (self.cache if every else KVCache(self.cache.size)), self.cache.length
@@ -311,7 +313,7 @@ class Writer:
 
 @torch.inference_mode()
 def stream(
-    net: "GPT",
+    net: GPT | Rung,
     idx: Tensor,
     max_new_tokens: int,
     *,
@@ -363,6 +365,7 @@ def stream(
         raise ValueError(f"stride={stride} must be between 1 and block_size={block_size}")
     if min(lengths := [idx.size(1)] * len(idx) if lengths is None else lengths) < 1:
         raise ValueError("a prompt is empty: every text needs one token to go on from")
+    use_cache = use_cache and isinstance(net, GPT)  # a rung of the lecture looks at the whole text each time
     gpu = idx.device.type == "cuda" and use_cache
     if compile and not gpu:
         raise ValueError("compile=True is for CUDA and the cache")
@@ -380,7 +383,7 @@ def stream(
         net.train(was_training)
 
 
-def generate(net: "GPT", idx: Tensor, max_new_tokens: int, **how) -> Tensor:
+def generate(net: GPT | Rung, idx: Tensor, max_new_tokens: int, **how) -> Tensor:
     """idx (B, T) continued to (B, T + max_new_tokens); `how` goes to `stream`.
 
     Prompts of unequal `lengths` are continued where each ends, so that rows end before the last column, with zeros.

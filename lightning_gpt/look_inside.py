@@ -54,6 +54,8 @@ class LookInside(L.Callback):
         reason = None
         if isinstance(trainer.strategy, Shards):
             reason = "no device has the whole net under strategy=shards"
+        elif lm.hparams.rung:
+            reason = f"they are of a GPT, and this is the lecture's rung {lm.hparams.rung}"
         elif not self.board(trainer):
             reason = "they go to TensorBoard, and this run has no such logger"
         else:

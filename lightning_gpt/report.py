@@ -19,6 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from . import checkpoint
 from .main import program
+from .model import GPT
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -327,6 +328,8 @@ def add_inside(page: Page, run: Run) -> None:
         return
     try:
         net, tokenizer = checkpoint.load(run.ckpt)
+        if not isinstance(net, GPT):
+            raise ValueError("the figures are of a GPT, and this is a rung of the lecture")
         ids = passage(run.saved["datamodule_hyper_parameters"], net.config.block_size, tokenizer)
         if len(ids) < 2:
             raise ValueError("the validation text is gone")

@@ -11,7 +11,8 @@ from .model import GPTConfig
 
 CONFIGS = Path(__file__).parent / "configs"
 # what may differ from the checkpoint: in fit all but what the weights were shaped by, else only what changes no figure
-FIXED_IN_FIT = {field.name for field in dataclasses.fields(GPTConfig)} - {"dropout", "ngram_dropout"} | {"vocabulary"}
+FIXED_IN_FIT = {field.name for field in dataclasses.fields(GPTConfig)} - {"dropout", "ngram_dropout"}
+FIXED_IN_FIT |= {"rung", "vocabulary"}
 FREE_IN_VALIDATE = {"corpus", "tokens", "batch_size", "compile", "renamed_copies", "seed"}
 
 
@@ -43,7 +44,7 @@ def settings_of_run(saved: dict, command: str) -> dict:
         for key, value in run.get("trainer", {}).items()
         if key not in ("callbacks", "logger", "plugins", "profiler", "default_root_dir") and not isinstance(value, dict)
     }
-    model, data = saved["hyper_parameters"], saved["datamodule_hyper_parameters"]
+    model, data = {"rung": None} | saved["hyper_parameters"], saved["datamodule_hyper_parameters"]
     if command == "fit":
         settings = {key: run[key] for key in ("name", "save_every_n_steps", "sample") if key in run}
     else:  # the precision it was trained in gives the very val/loss of that run, and copies are there to train on
@@ -92,7 +93,8 @@ def named_configs(args: list[str]) -> list[str]:
         if args[i - 1] in ("--config", "-c") and not Path(arg).exists():
             packaged = CONFIGS / f"{arg}.yaml"
             if not packaged.exists():
-                names = ", ".join(sorted(file.stem for file in CONFIGS.glob("*.yaml")))
+                files = sorted(file.relative_to(CONFIGS).with_suffix("") for file in CONFIGS.glob("**/*.yaml"))
+                names = ", ".join(file.as_posix() for file in files)
                 raise FileNotFoundError(f"--config {arg} is neither a file nor one of the packaged {names}")
             args[i] = str(packaged)
     if args[:1] == ["fit"] and not {"--config", "-c", "--ckpt_path"} & {arg.split("=")[0] for arg in args}:

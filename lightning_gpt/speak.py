@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from . import checkpoint
 from . import text as texts
+from .lecture import Rung
 from .model import GPT
 from .text import SHIPPED, Text, Tokenizer
 
@@ -30,7 +31,9 @@ def read(file: str) -> str:
         raise ValueError(f"{file} is not UTF-8 text: byte 0x{data[error.start]:02x} at {error.start}") from None
 
 
-def load(ckpt_path: str, device: str, precision: Literal["auto", "float32", "bfloat16"]) -> tuple[GPT, Tokenizer, str]:
+def load(
+    ckpt_path: str, device: str, precision: Literal["auto", "float32", "bfloat16"]
+) -> tuple[GPT | Rung, Tokenizer, str]:
     path = texts.find(ckpt_path)
     if path == SHIPPED and ckpt_path == "best":
         say(f"no run below {checkpoint.ROOT}/ yet: this is {path.name}, which comes with the package")
@@ -128,8 +131,8 @@ def generate(
         count = sum(len(sample.tokens) for sample in samples)
         result = {
             "checkpoint": path,
-            "device": str(net.wte.weight.device),
-            "precision": str(net.wte.weight.dtype).removeprefix("torch."),
+            "device": str(next(net.parameters()).device),
+            "precision": str(next(net.parameters()).dtype).removeprefix("torch."),
             "settings": how | {"seed": seed, "max_new_tokens": max_new_tokens},
             "prompt": prompt,
             "samples": [
@@ -161,13 +164,13 @@ def show(text: Text, shown: int, first_time: bool) -> int:
     return len(sure)
 
 
-def tell_if_long(net: GPT, tokenizer: Tokenizer, prompt: str) -> None:
+def tell_if_long(net: GPT | Rung, tokenizer: Tokenizer, prompt: str) -> None:
     if (n := len(tokenizer.encode(prompt))) > net.config.block_size:
         say(f"the prompt has {n:,} tokens, and this net sees the last {net.config.block_size} of them")
 
 
 def converse(
-    net: GPT,
+    net: GPT | Rung,
     tokenizer: Tokenizer,
     history: str,
     max_new_tokens: int,

@@ -19,6 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from . import checkpoint
 from .generation import stream as stream_ids
+from .lecture import Rung
 from .model import GPT
 from .seeds import mix
 from .tokenizer import CharTokenizer, TokenIds
@@ -42,7 +43,7 @@ def load(
     ckpt_path: str | Path = "best",
     device: str = "auto",
     precision: Literal["auto", "float32", "bfloat16"] = "auto",
-) -> tuple[GPT, Tokenizer]:
+) -> tuple[GPT | Rung, Tokenizer]:
     """The net and the tokenizer of a checkpoint: of the newest run, or of the one that comes with the package.
 
     Args:
@@ -59,7 +60,7 @@ def load(
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device={device} can't be used here: {str(error).splitlines()[0][:100]}") from None
     net, tokenizer = checkpoint.load(find(ckpt_path), device)
-    if precision == "bfloat16" or precision == "auto" and net.wte.weight.device.type == "cuda":
+    if precision == "bfloat16" or precision == "auto" and next(net.parameters()).device.type == "cuda":
         angles = getattr(net, "rotary", None)
         net.bfloat16()
         if angles is not None:
@@ -123,7 +124,7 @@ def spelled(tokenizer: Tokenizer, prompt: str, on_unknown: Literal["error", "ski
 
 
 def write(
-    net: GPT,
+    net: GPT | Rung,
     tokenizer: Tokenizer,
     prompts: Sequence[str],
     max_new_tokens: int = 500,
@@ -155,7 +156,7 @@ def write(
         raise ValueError(f"max_new_tokens={max_new_tokens} must be 1 or more")
     if "" in stop:
         raise ValueError("stop has an empty string, which would end every text at once")
-    device = net.wte.weight.device
+    device = next(net.parameters()).device
     texts = [Text(spelled(tokenizer, prompt, on_unknown), stop=stop) for prompt in prompts]
     rows = [torch.as_tensor(tokenizer.encode(text.prompt)) for text in texts]
     dice = [torch.Generator(device).manual_seed(mix(seed, i)) for i in range(len(texts))]
@@ -186,7 +187,7 @@ def write(
         size = 1 if device.type == "cpu" else min(2 * size, GROUP)
 
 
-def stream(net: GPT, tokenizer: Tokenizer, prompt: str = "", max_new_tokens: int = 500, **how) -> Iterator[str]:
+def stream(net: GPT | Rung, tokenizer: Tokenizer, prompt: str = "", max_new_tokens: int = 500, **how) -> Iterator[str]:
     """Yields the text after the prompt piece by piece as it comes; `how` goes to `write`."""
     shown = 0
     for (text,) in write(net, tokenizer, [prompt], max_new_tokens, **how):
@@ -195,7 +196,7 @@ def stream(net: GPT, tokenizer: Tokenizer, prompt: str = "", max_new_tokens: int
             yield piece
 
 
-def generate(net: GPT, tokenizer: Tokenizer, prompt: str = "", max_new_tokens: int = 500, **how) -> str:
+def generate(net: GPT | Rung, tokenizer: Tokenizer, prompt: str = "", max_new_tokens: int = 500, **how) -> str:
     """The text after the prompt; `how` goes to `write`."""
     return "".join(stream(net, tokenizer, prompt, max_new_tokens, **how))
 
@@ -212,7 +213,7 @@ class Score(NamedTuple):
 
 
 @torch.inference_mode()
-def score(net: GPT, tokenizer: Tokenizer, text: str, stride: int | None = None) -> Score:
+def score(net: GPT | Rung, tokenizer: Tokenizer, text: str, stride: int | None = None) -> Score:
     """How likely the net finds a text; the same number as `lightning-gpt validate` says of its validation split.
 
     Args:
@@ -222,7 +223,7 @@ def score(net: GPT, tokenizer: Tokenizer, text: str, stride: int | None = None) 
     Raises:
         ValueError: stride is out of its range, the text has unknown characters or less than two tokens.
     """
-    ids, S, device = tokenizer.encode(text), net.config.block_size, net.wte.weight.device
+    ids, S, device = tokenizer.encode(text), net.config.block_size, next(net.parameters()).device
     stride = S if stride is None else stride
     if not 1 <= stride <= S:
         raise ValueError(f"stride={stride} must be between 1 and block_size={S}")

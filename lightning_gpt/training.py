@@ -14,17 +14,19 @@ from torchmetrics import MeanMetric, Metric, MetricCollection
 
 from .capture import CapturedStep
 from .distributed import Replicas, Shards, shard, whole
+from .lecture import Rung, build
 from .model import GPT, GPTConfig
 from .optim import Muon, adamw_groups, lr_factor, muon_groups
 from .seeds import mix
 
 
-def next_token_loss(net: GPT, x: Tensor, y: Tensor) -> Tensor:
+def next_token_loss(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     """Mean cross-entropy of the targets y (B, T) after the inputs x (B, T), in nats per token."""
-    return loss_of_features(net, net.features(x), y)
+    return F.cross_entropy(net(x).flatten(0, 1), y.flatten())
 
 
 def loss_of_features(net: GPT, features: Tensor, y: Tensor) -> Tensor:
+    """The same for a GPT whose `features` are there already."""
     return F.cross_entropy(net.logits(features).flatten(0, 1), y.flatten())
 
 
@@ -67,6 +69,7 @@ class LanguageModel(L.LightningModule):
         ngram: up to so many tokens in a row have an embedding of their own, added to the token's; 1 has none.
         ngram_rows: of the table that holds them, which the n-grams share by their hash.
         ngram_dropout: probability that a token does without them in training.
+        rung: a step of the lecture in place of the GPT, see lecture.py; null is the GPT.
         optimizer: adamw; or muon for the blocks' matrices with adamw for the rest.
         learning_rate: AdamW's, at its peak.
         muon_lr: Muon's, at its peak.
@@ -102,6 +105,7 @@ class LanguageModel(L.LightningModule):
         ngram: int = GPTConfig.ngram,
         ngram_rows: int = GPTConfig.ngram_rows,
         ngram_dropout: float = GPTConfig.ngram_dropout,
+        rung: Literal["bigram", "head", "heads", "feedforward", "residual", "layernorm", "gpt"] | None = None,
         optimizer: Literal["adamw", "muon"] = "adamw",
         learning_rate: float = 1e-3,
         muon_lr: float = 0.02,
@@ -124,8 +128,10 @@ class LanguageModel(L.LightningModule):
                 raise ValueError(f"{name}={rate} must be between 0 and 1e30; 1e-4 to 1e-1 are usual")
         if warmup_steps < 0:
             raise ValueError(f"warmup_steps={warmup_steps} must be 0 or more")
+        if rung and compile:
+            raise ValueError(f"rung={rung} runs as it is written: leave compile=true out")
         self.save_hyperparameters()
-        self.net = GPT(GPTConfig(**{name: self.hparams[name] for name in GPTConfig.__dataclass_fields__}))
+        self.net = build(self.hparams)
         self.average = deepcopy(self.net).requires_grad_(False) if ema_decay else None
         self.head_loss, self.compiles = loss_of_features, False
         self.captured: CapturedStep | None = None
@@ -141,7 +147,7 @@ class LanguageModel(L.LightningModule):
         self.test_metrics = self.val_metrics.clone(prefix="test/")
 
     @property
-    def final_net(self) -> GPT:
+    def final_net(self) -> GPT | Rung:
         """The net that is validated, kept as best and sampled: the average where there is one."""
         return self.net if self.average is None else self.average
 
@@ -156,7 +162,8 @@ class LanguageModel(L.LightningModule):
         if not self.compiles:
             return next_token_loss(self.net, x, y)
         try:
-            return self.head_loss(self.net, self.net.features(x), y)
+            net = cast(GPT, self.net)
+            return self.head_loss(net, net.features(x), y)
         except torch._dynamo.exc.BackendCompilerFailed as error:
             reason = str(error.__cause__ or error).strip().split("\n")[0][:150]
             print(f"compile: true, but compiling failed ({reason}); training goes on uncompiled", file=sys.stderr)
@@ -285,9 +292,11 @@ class LanguageModel(L.LightningModule):
 
     def configure_model(self) -> None:
         if isinstance(self.trainer.strategy, Shards):
+            if self.hparams.rung:
+                raise ValueError(f"model.rung={self.hparams.rung} is too small to share out: leave shards out")
             for net in self.net, self.average:
                 if net is not None:
-                    shard(net, cast(DeviceMesh, self.device_mesh)["data_parallel"])
+                    shard(cast(GPT, net), cast(DeviceMesh, self.device_mesh)["data_parallel"])
 
     def parameter_groups(self) -> list[dict]:
         hp = self.hparams

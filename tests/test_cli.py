@@ -105,7 +105,7 @@ def test_without_a_path_the_newest_best_checkpoint_is_taken(run, tmp_path, monke
     assert said(capsys, "--prompt", "the", "--max_new_tokens", 3).startswith("the")
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in CONFIGS.glob("*.yaml")))
+@pytest.mark.parametrize("name", sorted(f"{p.relative_to(CONFIGS).with_suffix('')}" for p in CONFIGS.glob("**/*.yaml")))
 def test_every_config_takes_a_step(name, tmp_path, token_files, capsys):
     small = "--trainer.fast_dev_run=true --data.batch_size=2 --sample.length=5 --data.renamed_copies=0".split()
     small += "--trainer.accelerator=cpu --trainer.devices=1 --trainer.precision=32-true --model.compile=false".split()
@@ -274,7 +274,7 @@ def test_bad_corpus(tmp_path, fails, content, message):
         (["--model.activation=swish"], "gelu"),
         (["--data.split=1.5"], "data.split=1.5"),
         (["--data.batch_size=0"], "data.batch_size=0"),
-        (["--config=nowhere.yaml"], "bigram"),
+        (["--config=nowhere.yaml"], "laptop, lecture/bigram"),
         (["--trainer.max_steps=-1"], "trainer.max_steps=-1"),
         (["--sample.prompts=['a €']"], "'€'"),
         (["--sample.temperature=-1"], "temperature=-1.0"),

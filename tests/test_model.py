@@ -221,6 +221,6 @@ def test_a_text_longer_than_block_size_is_refused(net):
 
 
 def test_the_core_needs_torch_alone():
-    modules = "model, generation, optim, capture, tokenizer, renaming, checkpoint, text, speak, main"
+    modules = "model, lecture, generation, optim, capture, tokenizer, renaming, checkpoint, text, speak, main"
     code = f"import sys; from lightning_gpt import {modules}; sys.exit('lightning' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
