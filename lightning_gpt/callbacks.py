@@ -185,7 +185,7 @@ class Throughput(L.Callback):
         lm.log("perf/ms_per_step", 1e3 * batch_tokens * trainer.accumulate_grad_batches / speed)
         if lm.device.type == "cuda":
             lm.log("perf/gpu_memory", torch.cuda.max_memory_reserved(lm.device) / 2**30)
-        if peak := peak_flops(lm.device):
+        if isinstance(lm.net, GPT) and (peak := peak_flops(lm.device)):
             lm.log("perf/mfu", speed * flops_per_token(lm.net) / peak / trainer.world_size)
 
     def on_validation_start(self, trainer: L.Trainer, lm: L.LightningModule) -> None:
@@ -265,5 +265,7 @@ class Progress(TQDMProgressBar):
 
     def on_validation_end(self, trainer: L.Trainer, lm: L.LightningModule) -> None:
         super().on_validation_end(trainer, lm)
-        if not self.on_terminal and trainer.is_global_zero and trainer.state.fn == "fit":
+        if trainer.sanity_checking or self.on_terminal or trainer.state.fn != "fit":
+            return
+        if trainer.is_global_zero:
             self.plain_line(trainer, lm)

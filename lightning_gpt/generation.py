@@ -370,7 +370,7 @@ def stream(
     if compile and not gpu:
         raise ValueError("compile=True is for CUDA and the cache")
     if record is None:  # a sharded net fetches its weights at every step, which can't be recorded
-        record = gpu and max_new_tokens >= 32 and not hasattr(net.wte.weight, "device_mesh")
+        record = gpu and max_new_tokens >= 32 and not hasattr(next(net.parameters()), "device_mesh")
     how = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
     was_training = net.training
     net.eval()

@@ -9,6 +9,7 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from .distributed import Shards
+from .model import GPT
 from .training import LanguageModel
 
 MISSING = "matplotlib, which draws them, is not here: pip install 'tiny-lightning-gpt[plots]'"
@@ -81,7 +82,9 @@ class LookInside(L.Callback):
 
         since, step = time.perf_counter(), trainer.global_step
         board, tokenizer = cast(TensorBoardLogger, self.board(trainer)), trainer.datamodule.tokenizer
-        net = deepcopy(cast(LanguageModel, lm).final_net).eval()  # a copy is uncompiled, and hooks on it trouble nobody
+        net = deepcopy(
+            cast(GPT, cast(LanguageModel, lm).final_net)
+        ).eval()  # a copy is uncompiled, and hooks on it trouble nobody
         net = net if net.wte.weight.dtype == torch.float64 else net.float()
         for name, figure in figures(net, tokenizer, self.ids.to(lm.device), self.shown):
             board.experiment.add_figure(f"look_inside/{name}", figure, step)

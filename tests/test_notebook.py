@@ -1,0 +1,32 @@
+"""The notebook runs from top to bottom, and is stored as it was written."""
+
+import os
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+from tensorboard import manager
+
+NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "lets_build_gpt.ipynb"
+
+
+def test_it_runs_from_top_to_bottom(tmp_path, monkeypatch):
+    monkeypatch.setenv("LETS_BUILD_GPT_SHORT", "1")
+    monkeypatch.setenv("TMPDIR", str(tmp_path))  # where TensorBoard notes who runs
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    try:
+        NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(tmp_path)}}).execute()
+    finally:
+        for board in manager.get_all():
+            os.kill(board.pid, 15)
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    pictures = [output for output in outputs if "image/png" in output.get("data", {})]
+    assert len(pictures) == 3 and all(picture.metadata["image/png"]["alt"] for picture in pictures)
+    assert not [output for output in outputs if output.get("name") == "stderr" and "Error" in output.text]
+
+
+def test_it_is_stored_without_outputs():
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    nbformat.validate(notebook)
+    assert not any(cell.outputs or cell.execution_count for cell in notebook.cells if cell.cell_type == "code")
