@@ -23,7 +23,8 @@ def test_it_runs_from_top_to_bottom(tmp_path, monkeypatch):
     outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
     pictures = [output for output in outputs if "image/png" in output.get("data", {})]
     assert len(pictures) == 3 and all(picture.metadata["image/png"]["alt"] for picture in pictures)
-    assert not [output for output in outputs if output.get("name") == "stderr" and "Error" in output.text]
+    assert any("tensorboard-frame" in output.get("data", {}).get("text/html", "") for output in outputs)
+    assert not [output.text for output in outputs if output.get("name") == "stderr"]
 
 
 def test_it_is_stored_without_outputs():
