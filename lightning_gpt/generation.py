@@ -183,7 +183,8 @@ class Writer:
         how: dict,
     ):
         (B, device), self.V = (len(idx), idx.device), net.config.vocab_size
-        self.net, self.idx, self.lengths, self.stride, self.use_cache = net, idx, list(lengths), stride, use_cache
+        self.net, self.idx, self.lengths = net, idx[:, : max(lengths)], list(lengths)
+        self.stride, self.use_cache = stride, use_cache
         self.penalty, self.generator, self.how = penalty, generator, how
         self.block_size = net.config.block_size
         self.starts = [max(0, n - self.block_size) for n in lengths]  # where each row's context begins

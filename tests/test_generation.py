@@ -30,7 +30,7 @@ def test_cached_logits_equal_full_logits(any_net, idx):
 @pytest.mark.parametrize("stride", [1, 5, T])
 @pytest.mark.parametrize("lengths", [[3, 3, 3], [1, 2 * T, T], [T, 7, T + 1]])
 def test_each_prompt_of_a_batch_is_continued_as_if_it_were_alone_and_without_a_cache(any_net, lengths, stride):
-    prompts = torch.randint(V, (3, max(lengths)), generator=torch.Generator().manual_seed(2))
+    prompts = torch.randint(V, (3, max(lengths) + 2), generator=torch.Generator().manual_seed(2))
     how = {"temperature": 0, "stride": stride, "repetition_penalty": 1.3}
     together = generate(any_net, prompts, 2 * T, lengths=lengths, **how)
     for row, prompt, n in zip(together, prompts, lengths, strict=True):
