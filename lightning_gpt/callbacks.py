@@ -68,7 +68,8 @@ class SampleText(L.Callback):
             return
         if not trainer.callback_metrics["val/loss"].isfinite():
             return  # a net that has diverged has nothing to say
-        same_length = groupby(sorted(self.spelled, key=len), key=len)  # one batch each
+        tokens_of = {prompt: len(trainer.datamodule.tokenizer.encode(prompt)) for prompt in self.spelled}
+        same_length = groupby(sorted(tokens_of, key=tokens_of.__getitem__), key=tokens_of.__getitem__)  # one batch each
         samples = [pair for _, prompts in same_length for pair in self.sample(trainer, lm, list(prompts))]
         if not trainer.is_global_zero:
             return

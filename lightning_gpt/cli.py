@@ -29,8 +29,10 @@ from .settings import (
     refuse_contradictions,
     refuse_nonsense,
     settings_of_run,
+    settings_of_weights,
 )
 from .speak import generate
+from .tokenizer import CharTokenizer
 from .training import Diverged, LanguageModel
 from .vitals import Vitals
 
@@ -82,12 +84,16 @@ class CLI(LightningCLI):
         command = self.config.subcommand
         if command in ("validate", "test") or (command == "fit" and self.config.fit.ckpt_path):
             self.start_from_checkpoint(parser, args, command)
+        elif command == "fit" and self.config.fit.model.init_from:
+            self.start_from_weights(parser, args)
         if command == "fit":
             refuse_nonsense(self.config.fit)
 
     def start_from_checkpoint(self, parser, args: list[str], command: str) -> None:
         path = checkpoint.find(self.config[command].ckpt_path or "best")
         saved = checkpoint.read(path)
+        if command == "fit" and "optimizer_states" not in saved:
+            raise ValueError(f"{path} has weights and no run to go on with: start from them with --model.init_from")
         settings = settings_of_run(saved, command)
         # the checkpoint's settings come first, so that configs and flags win over them ...
         at = args.index(command) + 1
@@ -104,6 +110,14 @@ class CLI(LightningCLI):
                 f"the checkpoint {path} is at step {saved['global_step']}, so trainer.max_steps={steps} leaves nothing "
                 "to do: give a larger number"
             )
+
+    def start_from_weights(self, parser, args: list[str]) -> None:
+        path = checkpoint.find(self.config.fit.model.init_from)
+        settings = settings_of_weights(checkpoint.read(path))
+        as_config = yaml.safe_dump(plain(settings))
+        self.config = parser.parse_args(["fit", f"--config={as_config}", *args[1:], f"--model.init_from={path}"])
+        settings["model"]["block_size"] = min(settings["model"]["block_size"], self.config.fit.model.block_size)
+        refuse_contradictions("fit", self.config.fit, settings, path)
 
     def _parse_ckpt_path(self) -> None:
         """Done in parse_arguments; LightningCLI would put the checkpoint's settings over the flags, in silence."""
@@ -149,6 +163,8 @@ class CLI(LightningCLI):
 
     def before_fit(self) -> None:
         self.datamodule.refuse_unequal_shares(self.trainer.world_size)  # here, before Lightning starts the others
+        if self.config.fit.ckpt_path:
+            self.model.init_from = None
         if self.trainer.is_global_zero:
             data, t = self.datamodule, self.trainer
             size = sum(p.numel() for p in self.model.net.parameters())
@@ -173,8 +189,9 @@ class CLI(LightningCLI):
         path = os.path.relpath(self.saver.best)
         me = program()
         loss = self.trainer.callback_metrics["val/loss"]
+        unit = "character" if isinstance(self.datamodule.tokenizer, CharTokenizer) else "token"
         print(
-            f"\nval/loss {loss:.4f} nats per character at the end, {self.saver.best_loss:.4f} at best, after "
+            f"\nval/loss {loss:.4f} nats per {unit} at the end, {self.saver.best_loss:.4f} at best, after "
             f"{self.throughput.seconds:.1f} s of training\n{path}\n"
         )
         generate(path, max_new_tokens=300)

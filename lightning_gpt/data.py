@@ -1,5 +1,7 @@
-"""Tiny Shakespeare as windows of tokens. Knows nothing of the model."""
+"""Tiny Shakespeare, or another text, as windows of tokens. Knows nothing of the model."""
 
+import math
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
@@ -9,33 +11,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from . import reading
 from .renaming import Renaming
 from .seeds import mix
-from .tokenizer import CharTokenizer, TokenIds
+from .tokenizer import Tokenizer, rebuild
 
 TINY_SHAKESPEARE = Path(__file__).parent / "corpus" / "tiny_shakespeare.txt"
-
-
-def read_text(path: str | Path) -> str:
-    """The text of a UTF-8 file, line ends as they are.
-
-    Raises:
-        ValueError: the file is empty or is not text. OSError: it can't be read.
-    """
-    if not Path(path).exists():
-        raise FileNotFoundError(f"the corpus {path} does not exist: give a UTF-8 text file")
-    data = Path(path).read_bytes()
-    if not data:
-        raise ValueError(f"the corpus {path} is empty")
-    try:
-        text = data.decode("utf-8-sig")  # without the mark that some editors put first
-    except UnicodeDecodeError as error:
-        raise ValueError(
-            f"the corpus {path} is not UTF-8 text: byte 0x{data[error.start]:02x} at offset {error.start}"
-        ) from None
-    if "\0" in text:
-        raise ValueError(f"the corpus {path} is a binary file: a zero byte at offset {data.index(0)}")
-    return text
 
 
 def read_tokens(path: str, token_type: str, kinds: int) -> Tensor:
@@ -52,14 +33,14 @@ def read_tokens(path: str, token_type: str, kinds: int) -> Tensor:
         raise ValueError(
             f"the token file {path} has {size:,} bytes, which are no {token_type} numbers of {width} bytes"
         )
-    ids = np.memmap(path, dtype=token_type, mode="c")  # as if one could write, or torch warns
-    for at in range(0, len(ids), 2**26):  # a look at each, a part at a time: 5 GB/s
-        if (highest := int(ids[at : at + 2**26].max())) >= kinds:
-            raise ValueError(
-                f"the token file {path} has the id {highest} near token {at:,}, beyond the {kinds} kinds there are: "
-                "give a larger data.token_kinds, or data.token_type if its numbers are not " + token_type
-            )
-    return torch.from_numpy(ids)
+    with open(path, "rb") as file:  # a look at each, a part at a time and not through the map, whose pages would stay
+        for at in range(0, size // width, 2**22):
+            if (highest := int(np.fromfile(file, dtype=token_type, count=2**22).max())) >= kinds:
+                raise ValueError(
+                    f"the token file {path} has the id {highest} near token {at:,}, beyond the {kinds} kinds there "
+                    f"are: give a larger data.token_kinds, or data.token_type if its numbers are not {token_type}"
+                )
+    return torch.from_numpy(np.memmap(path, dtype=token_type, mode="c"))  # as if one could write, or torch warns
 
 
 class RandomWindows:
@@ -113,10 +94,12 @@ class EveryWindow:
 
 
 class TinyShakespeare(L.LightningDataModule):
-    """A text as windows of characters: its first part to train on, the rest to validate and test on.
+    """A text as windows of tokens: its first part to train on, the rest to validate and test on.
 
     Args:
-        corpus: a UTF-8 text file; null is Tiny Shakespeare, which comes with the package.
+        corpus: a UTF-8 text file, a folder of .txt files, a pattern such as plays/*.md, or several of these between
+            commas; null is Tiny Shakespeare, which comes with the package. From 16 MB on its tokens are kept in a
+            file below ~/.cache (XDG_CACHE_HOME) and mapped into memory.
         block_size: length of a window, in tokens.
         batch_size: windows of one training batch over all devices together: more devices make a step
             faster, never different.
@@ -125,15 +108,23 @@ class TinyShakespeare(L.LightningDataModule):
             a look at the real validation split.
         renamed_copies: how often the training text is repeated with other speakers' names, see renaming.py.
         seed: decides which windows make up batch k.
-        vocabulary: the characters that have a token id; null takes those of the corpus. A checkpoint
-            brings its own.
+        vocabulary: the characters that have a token id, or the merges of bpe; null takes those of the corpus. A
+            checkpoint brings its own.
+        tokenizer: char, byte, bpe (byte pairs of this corpus) or gpt2 (GPT-2's); null is char, or for token files none.
+        unknown: what becomes of characters without an id: error; drop; replace, by one token for all of them, which a
+            new vocabulary has for what stands only once in the training text; extend, which gives each an id of its
+            own, for a text to fine-tune on.
         tokens: two files of token ids in place of a corpus, "train.bin,val.bin", as nanoGPT makes them; they may be
             larger than memory.
-        token_kinds: how many ids there are, the largest one and one more; needed with token files only.
-        token_type: the numbers in them.
+        token_kinds: how many ids there are, the largest one and one more: of token files; for bpe to make (512);
+            for byte and gpt2 to round their number up.
+        token_type: the numbers in token files.
     Raises:
         ValueError: a text that is empty, binary, too short for one window or has unknown characters.
     """
+
+    vocab_size: int
+    tokenizer: Tokenizer
 
     def __init__(
         self,
@@ -144,6 +135,8 @@ class TinyShakespeare(L.LightningDataModule):
         renamed_copies: int = 0,
         seed: int = 1337,
         vocabulary: str | None = None,
+        tokenizer: Literal["char", "byte", "bpe", "gpt2", "ids"] | None = None,
+        unknown: Literal["error", "drop", "replace", "extend"] = "error",
         tokens: str | None = None,
         token_kinds: int | None = None,
         token_type: Literal["uint16", "uint32"] = "uint16",
@@ -157,28 +150,53 @@ class TinyShakespeare(L.LightningDataModule):
         if batch_size < 1:
             raise ValueError(f"data.batch_size={batch_size} must be at least 1")
         if tokens:
-            self.take_tokens(tokens.split(","), token_kinds, token_type)
+            if tokenizer in ("char", "bpe") and vocabulary is None:
+                raise ValueError(f"data.tokenizer={tokenizer} for token files needs the vocabulary that made them")
+            kinds = token_kinds or (50257 if tokenizer == "gpt2" else None)
+            self.take_tokens(tokens.split(","), kinds, token_type)
+            plain = {"tokenizer": tokenizer or "ids", "vocabulary": vocabulary, "unknown": unknown}
+            self.tokenizer = rebuild(plain, kinds)
             self.save_hyperparameters()
-            self.refuse_short(block_size, "tokens")
+            self.refuse_short(block_size, None, (start, end))
             return
-        if token_kinds:
-            raise ValueError(
-                f"data.token_kinds={token_kinds} is for token files: give data.tokens=train.bin,val.bin too"
+        if tokenizer == "ids":
+            raise ValueError("data.tokenizer=ids is for token files: give data.tokens=train.bin,val.bin too")
+
+        def bounds(length: int) -> tuple[int, int]:
+            return int(start * length), int(end * length)
+
+        kind, files = tokenizer or "char", reading.find_files(corpus) if corpus else [TINY_SHAKESPEARE]
+        keep_returns = kind == "char" and "\r" in (vocabulary or "")
+        large = sum(file.stat().st_size for file in files) >= reading.LARGE
+        if large:
+            self.tokenizer, self.train_tokens, self.val_tokens, length = reading.cached(
+                files, bounds, kind, vocabulary, unknown, token_kinds, keep_returns
             )
-        text = read_text(corpus or TINY_SHAKESPEARE)
-        self.tokenizer: CharTokenizer | TokenIds = CharTokenizer(vocabulary or text)
+            if renamed_copies:
+                reading.say(f"data.renamed_copies={renamed_copies} is for small texts; this one goes without")
+        else:
+            notes: Counter[str] = Counter()
+            text = "".join(reading.read_all(files, keep_returns, notes))
+            reading.tell(notes)
+            length, (n, stop) = len(text), bounds(len(text))
+            self.tokenizer = reading.tokenizer_for(
+                kind, lambda: [text], lambda: [text[:n]], vocabulary, unknown, token_kinds
+            )
+            smallest = reading.smallest_type(len(self.tokenizer))
+            self.train_tokens, self.val_tokens = (
+                self.tokenizer.encode(piece).to(smallest) if piece else torch.empty(0, dtype=smallest)
+                for piece in (text[:n], text[n:stop])
+            )
+        # plain values: they make the checkpoint's tokenizer and data settings
         vocabulary = "".join(self.tokenizer.vocabulary)
-        self.vocab_size = len(vocabulary)
-        self.save_hyperparameters()  # plain values: they make the checkpoint's tokenizer and data settings
-        smallest = torch.uint8 if self.vocab_size <= 2**8 else torch.int16 if self.vocab_size <= 2**15 else torch.int32
-        ids = self.tokenizer.encode(text).to(smallest)
-        n, stop = int(start * len(text)), int(end * len(text))
-        self.train_tokens, self.val_tokens = ids[:n], ids[n:stop]
+        self.vocab_size = len(self.tokenizer)
+        self.save_hyperparameters()
         self.text_tokens = self.train_tokens  # without the copies below
-        self.refuse_short(block_size, f"of the text's {len(text):,} characters")
-        if renamed_copies:
+        self.refuse_short(block_size, length, (start, end))
+        if renamed_copies and not large:
             play = Renaming(text[:n])
             copies = "".join(play.copy(mix(seed, k)) for k in range(renamed_copies))
+            copies = copies.translate(dict.fromkeys(map(ord, self.tokenizer.unknown(copies))))  # of invented names
             self.train_tokens = torch.cat((self.train_tokens, self.tokenizer.encode(copies).to(smallest)))
 
     def take_tokens(self, files: list[str], kinds: int | None, token_type: str) -> None:
@@ -187,17 +205,29 @@ class TinyShakespeare(L.LightningDataModule):
                 f"data.tokens={','.join(files)} with data.token_kinds={kinds}: give two files, to train and to "
                 "validate on (train.bin,val.bin), and how many kinds of tokens they have (50257 for GPT-2's)"
             )
-        self.tokenizer, self.vocab_size = TokenIds(kinds), kinds
+        self.vocab_size = kinds
         self.train_tokens, self.val_tokens = (read_tokens(file, token_type, kinds) for file in files)
         self.text_tokens = self.train_tokens
 
-    def refuse_short(self, block_size: int, of_what: str) -> None:
-        for name, part in ("training", self.train_tokens), ("validation", self.val_tokens):
-            if len(part) <= block_size:
-                raise ValueError(
-                    f"the {name} split has {len(part):,} {of_what}, too few for one window of block_size={block_size} "
-                    "and the one after it: take a longer text or a smaller block_size"
-                )
+    def refuse_short(self, block_size: int, length: int | None, shares: tuple[float, float]) -> None:
+        """Raises ValueError if a split has no window; `length` is the text's in characters, if there is a text."""
+        parts = {"training": len(self.train_tokens), "validation": len(self.val_tokens)}
+        for name, tokens in parts.items():
+            if tokens > block_size:
+                continue
+            of, remedy = "tokens", "take a longer text"
+            if length is not None:
+                of = f"of the text's {length:,} characters" if tokens <= length else "tokens"
+                per_token = length * shares[1] / max(1, sum(parts.values()))  # characters, about
+                share = min(shares[0], shares[1] - shares[0])
+                needed = math.ceil((block_size + 1) * max(1.0, per_token) / share) + 1
+                remedy = f"that takes a text of some {needed:,} characters at data.split={shares[0]}"
+            smaller = min(parts.values()) - 1
+            raise ValueError(
+                f"the {name} split has {tokens:,} {of}, too few for one window of block_size={block_size} "
+                f"and the one after it: {remedy}"
+                + (f", or --model.block_size {smaller} at most" if smaller > 0 else "")
+            )
 
     def refuse_unequal_shares(self, devices: int) -> None:
         batch_size = self.hparams.batch_size

@@ -34,7 +34,7 @@ class GPTConfig:
     dropout: float = 0.2  # probability; on embeddings, attention weights and residual branches
     bias: bool = True  # in linear layers and norms; the head never has one
     tie_embeddings: bool = False  # one matrix for wte and lm_head, as in GPT-2
-    activation: Literal["gelu", "relu", "relu2", "swiglu"] = "gelu"
+    activation: Literal["gelu", "gelu_tanh", "relu", "relu2", "swiglu"] = "gelu"  # GPT-2's is gelu_tanh
     position: Literal["learned", "rotary"] = "learned"
     norm: Literal["layer", "rms"] = "layer"  # rms has no weights, and stands after the embedding too
     qk_norm: bool = False  # rms-normalise queries and keys, each head for itself
@@ -112,7 +112,12 @@ class CausalSelfAttention(nn.Module):
             k, v, mask = cache.extend(k, v)  # (B, H, past + T, D)
         # one new token may see every cached one, so only a longer piece needs the mask
         y = F.scaled_dot_product_attention(
-            q, k, v, mask, is_causal=T > 1 and mask is None, dropout_p=self.dropout if self.training else 0.0
+            q,
+            k,
+            v,
+            mask,
+            is_causal=mask is None and (cache is None or T > 1),
+            dropout_p=self.dropout if self.training else 0.0,
         )  # (B, H, T, D)
         y = self.c_proj(y.transpose(1, 2).reshape(B, T, C))
         return F.dropout(y, self.dropout, self.training)
@@ -136,6 +141,8 @@ class MLP(nn.Module):
         x = self.c_fc(x)
         if self.activation == "gelu":
             x = F.gelu(x)
+        elif self.activation == "gelu_tanh":
+            x = F.gelu(x, approximate="tanh")
         elif self.activation == "swiglu":
             a, b = x.chunk(2, -1)
             x = F.silu(a) * b

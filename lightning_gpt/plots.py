@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .model import GPT, CausalSelfAttention, rotate
-from .tokenizer import CharTokenizer, TokenIds
+from .tokenizer import Tokenizer
 
 warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a text's letters may be in no font here
 DPI = 100
@@ -27,7 +27,7 @@ MOST_EMBEDDINGS = 300  # more can't be told apart in a figure
 # --- looking ----------------------------------------------------------------------------------------------------------
 
 
-def label(tokenizer: CharTokenizer | TokenIds, i: int) -> str:
+def label(tokenizer: Tokenizer, i: int) -> str:
     """A token as one can see it: white space has signs."""
     text = tokenizer.decode(torch.tensor([i]))
     signs = {" ": "␣", "\n": "↵", "\t": "→"}
@@ -246,7 +246,7 @@ def draw_curves(curves: dict[str, Curve], title: str, unit: str, log: bool = Fal
     return figure
 
 
-def figures(net: GPT, tokenizer: CharTokenizer | TokenIds, ids: Tensor, shown: int) -> Iterator[tuple[str, Figure]]:
+def figures(net: GPT, tokenizer: Tokenizer, ids: Tensor, shown: int) -> Iterator[tuple[str, Figure]]:
     """Name and figure of all there is to see inside a net that reads ids (T + 1,), T <= block_size.
 
     Args:

@@ -11,9 +11,9 @@ from .model import GPTConfig
 
 CONFIGS = Path(__file__).parent / "configs"
 # what may differ from the checkpoint: in fit all but what the weights were shaped by, else only what changes no figure
-FIXED_IN_FIT = {field.name for field in dataclasses.fields(GPTConfig)} - {"dropout", "ngram_dropout"}
-FIXED_IN_FIT |= {"rung", "vocabulary"}
-FREE_IN_VALIDATE = {"corpus", "tokens", "batch_size", "compile", "renamed_copies", "seed"}
+SIZES = {field.name for field in dataclasses.fields(GPTConfig)} | {"rung"}
+FIXED_IN_FIT = SIZES - {"dropout", "ngram_dropout"} | {"vocabulary", "tokenizer", "init_from", "freeze"}
+FREE_IN_VALIDATE = {"corpus", "tokens", "batch_size", "compile", "renamed_copies", "seed", "unknown"}
 
 
 def refuse_nonsense(config) -> None:
@@ -44,13 +44,25 @@ def settings_of_run(saved: dict, command: str) -> dict:
         for key, value in run.get("trainer", {}).items()
         if key not in ("callbacks", "logger", "plugins", "profiler", "default_root_dir") and not isinstance(value, dict)
     }
-    model, data = {"rung": None} | saved["hyper_parameters"], saved["datamodule_hyper_parameters"]
+    # what older checkpoints say by silence
+    model = {"rung": None, "init_from": None, "freeze": 0} | saved["hyper_parameters"]
+    data = {"tokenizer": None} | saved["datamodule_hyper_parameters"]
     if command == "fit":
         settings = {key: run[key] for key in ("name", "save_every_n_steps", "sample") if key in run}
     else:  # the precision it was trained in gives the very val/loss of that run, and copies are there to train on
         settings, trainer = {}, {key: trainer[key] for key in ("precision",) if key in trainer}
         data = data | {"renamed_copies": 0}
+    if data.get("unknown") == "extend":
+        data = data | {"unknown": "error"}  # the vocabulary has been extended
     return settings | {"trainer": trainer, "model": model, "data": data, "seed_everything": model["seed"]}
+
+
+def settings_of_weights(saved: dict) -> dict:
+    """What a checkpoint says of its net and its tokenizer alone, as a config: for a new run that starts from it."""
+    model, data = saved["hyper_parameters"], saved["datamodule_hyper_parameters"]
+    words = {key: data[key] for key in ("tokenizer", "vocabulary", "token_kinds") if key in data}
+    words["tokenizer"] = words.get("tokenizer") or ("ids" if data.get("tokens") else "char")
+    return {"model": {key: value for key, value in model.items() if key in SIZES}, "data": words}
 
 
 def plain(value):
@@ -62,13 +74,18 @@ def plain(value):
 
 def refuse_contradictions(command: str, config, settings: dict, path: Path) -> None:
     """Raises ValueError if a flag or config says otherwise than the checkpoint where the checkpoint must be right."""
+    if config.data.unknown == "extend" and (command != "fit" or config.ckpt_path):
+        raise ValueError(
+            f"data.unknown=extend would change the vocabulary of {path}: start from it by --model.init_from"
+        )
     for group in "model", "data":
         for key, value in config[group].items():
             fixed = key in FIXED_IN_FIT if command == "fit" else key not in FREE_IN_VALIDATE
             saved = settings[group].get(key, value)  # a setting younger than the checkpoint has no say
             if fixed and plain(value) != plain(saved):
+                given, had = (" ".join(str(one).split())[:80] for one in (value, saved))  # merges are many lines
                 raise ValueError(
-                    f"{group}.{key}={value} contradicts the checkpoint {path}, which has {saved}: leave it out"
+                    f"{group}.{key}={given} contradicts the checkpoint {path}, which has {had}: leave it out"
                 )
 
 
@@ -81,7 +98,7 @@ def goes_on_in_its_folder(config, settings: dict, path: Path) -> bool:
         and path.absolute().parent.name == "checkpoints"
         and re.fullmatch(r"version_\d+", folder.name) is not None
         and config.name == folder.parent.name
-        and all(plain(value) == plain(settings["data"].get(key)) for key, value in config.data.items())
+        and all(plain(value) == plain(settings["data"].get(key, value)) for key, value in config.data.items())
         and root in (folder.parents[1], ROOT.absolute())
     )
 

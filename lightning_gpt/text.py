@@ -22,11 +22,10 @@ from .generation import stream as stream_ids
 from .lecture import Rung
 from .model import GPT
 from .seeds import mix
-from .tokenizer import CharTokenizer, TokenIds
+from .tokenizer import TokenIds, Tokenizer
 
 SHIPPED = Path(__file__).parent / "shakespeare.ckpt"  # what speaks where nothing was trained yet
 GROUP = 32  # tokens that a GPU writes before the host looks at them
-Tokenizer = CharTokenizer | TokenIds
 
 
 def find(ckpt_path: str | Path = "best") -> Path:

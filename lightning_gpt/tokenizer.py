@@ -1,23 +1,68 @@
-"""Text to token ids and back."""
+"""Text to token ids and back: characters, bytes, byte pairs, GPT-2's. What it takes to rebuild one is plain data.
 
+A tokenizer has `encode` (text to int64 ids), `decode`, `unknown` (what of a text has no id), `len`, and `characters`:
+how many characters of the text each id stands for, so that losses over different vocabularies compare. An id of several
+bytes counts those bytes that begin a character, so the counts of a text's tokens add up to its length.
+"""
+
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator
+from functools import cached_property
+from importlib import import_module
+from itertools import chain
+from typing import Any
+
+import numpy as np
 import torch
 from torch import Tensor
+
+REPLACEMENT = "\ufffd"  # what stands for a character without an id of its own
+
+
+def need(module: str, extra: str) -> Any:
+    """An optional module.
+
+    Raises:
+        ValueError: it is not installed; says how to.
+    """
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise ValueError(
+            f"this needs the package {(error.name or module).split('.')[0]}, which is not installed: "
+            f"pip install 'tiny-lightning-gpt[{extra}]'"
+        ) from None
 
 
 def _codes(text: str) -> Tensor:
     """Unicode code points of a text, int32 (T,); in one go, as a loop over a million characters is slow."""
-    return torch.frombuffer(bytearray(text.encode("utf-32-le")), dtype=torch.int32) if text else torch.empty(0).int()
+    data = bytearray(text.encode("utf-32-le", "surrogatepass"))
+    return torch.frombuffer(data, dtype=torch.int32) if text else torch.empty(0).int()
 
 
 class CharTokenizer:
-    """One token per character; a character's id is its place in `vocabulary`, which is sorted."""
+    """One token per character; a character's id is its place in `vocabulary`.
 
-    def __init__(self, vocabulary: str):
-        self.vocabulary = "".join(sorted(set(vocabulary)))
-        self._codes = _codes(self.vocabulary)
+    Args:
+        vocabulary: the characters; a longer vocabulary that begins with this one leaves all ids as they are.
+        on_unknown: other characters are an error, or drop out, or become one token, written as U+FFFD (replace).
+    """
+
+    def __init__(self, vocabulary: str, on_unknown: str = "error"):
+        self.on_unknown = on_unknown
+        self.vocabulary = "".join(dict.fromkeys(vocabulary + (REPLACEMENT if on_unknown == "replace" else "")))
+        codes = _codes(self.vocabulary).long()
+        self._id_of = torch.full((max(codes.tolist(), default=0) + 2,), -1)  # the last one: all codes beyond
+        self._id_of[codes] = torch.arange(len(codes))
 
     def __len__(self) -> int:
         return len(self.vocabulary)
+
+    @property
+    def characters(self) -> Tensor:
+        return torch.ones(len(self), dtype=torch.int64)
 
     def unknown(self, text: str) -> str:
         """The characters of `text` that have no id, sorted."""
@@ -27,23 +72,240 @@ class CharTokenizer:
         """Token ids (T,), int64.
 
         Raises:
-            ValueError: a character is not in the vocabulary; all such characters are named.
+            ValueError: a character is not in the vocabulary and that is an error; all such characters are named. Or
+                all have dropped out.
         """
-        if unknown := self.unknown(text):
-            raise ValueError(
-                f"the text has characters that this vocabulary of {len(self)} lacks: {unknown[:40]!r}; "
-                f"leave them out, or train on a text that has them. It knows {self.vocabulary[:100]!r}"
-            )
-        return torch.searchsorted(self._codes, _codes(text))
+        ids = self._id_of[_codes(text).clamp(max=len(self._id_of) - 1)]
+        known = ids >= 0
+        if known.all():
+            return ids
+        if self.on_unknown == "replace":
+            return torch.where(known, ids, self._id_of[ord(REPLACEMENT)])
+        if self.on_unknown == "drop" and known.any():
+            return ids[known]
+        raise ValueError(
+            f"the text has characters that this vocabulary of {len(self)} lacks: {self.unknown(text)[:40]!r}; "
+            f"leave them out, or train on a text that has them. It knows {self.vocabulary[:100]!r}"
+        )
 
     def decode(self, ids: Tensor) -> str:
         return "".join(self.vocabulary[i] for i in ids.flatten().tolist())
+
+
+def _joined(pieces: list[bytes], ids: Tensor) -> str:
+    """The text of ids whose bytes are `pieces`; what is no whole UTF-8 character shows as U+FFFD."""
+    return b"".join(pieces[i] if i < len(pieces) else b"\xff" for i in ids.flatten().tolist()).decode(errors="replace")
+
+
+def _characters(pieces: list[bytes], size: int) -> Tensor:
+    """How many characters begin in each id's bytes, (size,)."""
+    begun = [sum(byte & 0xC0 != 0x80 for byte in piece) for piece in pieces]
+    return torch.tensor(begun + [0] * (size - len(begun)))
+
+
+def _room(size: int | None, needed: int, name: str) -> int:
+    if size is not None and size < needed:
+        raise ValueError(f"token_kinds={size} is less than the {needed:,} ids of {name}")
+    return size or needed
+
+
+class ByteTokenizer:
+    """One token per byte of the text's UTF-8.
+
+    Args:
+        size: ids that there are; null has no more than needed, a larger number leaves some without a meaning.
+    """
+
+    PIECES = [bytes([byte]) for byte in range(256)]
+    vocabulary = ""  # nothing that a checkpoint would have to hold
+
+    def __init__(self, size: int | None = None):
+        self.size = _room(size, 256, "bytes")
+
+    def __len__(self) -> int:
+        return self.size
+
+    @property
+    def characters(self) -> Tensor:
+        return _characters(self.PIECES, self.size)
+
+    def unknown(self, text: str) -> str:
+        return ""
+
+    def encode(self, text: str) -> Tensor:
+        """Token ids, int64, as many as the text has bytes."""
+        return torch.from_numpy(np.frombuffer(text.encode(), dtype=np.uint8).astype(np.int64))
+
+    def decode(self, ids: Tensor) -> str:
+        return _joined(self.PIECES, ids)
+
+
+def cut_at_spaces(pieces: Iterable[str], length: int) -> Iterator[str]:
+    """The same text in pieces of about `length`, cut where GPT-2's pattern always cuts: before a space after a word.
+
+    So byte pairs of the pieces are those of the whole. Where no such place is near, the text is cut anywhere.
+    """
+    rest, near = "", min(length, 2000)
+    for piece in pieces:
+        rest += piece
+        at = 0
+        while len(rest) - at > 2 * length:
+            stop = at + length
+            places = [match.end() for match in re.finditer(r"\S(?=[ \n])", rest[stop - near : stop])]
+            stop += places[-1] - near if places else 0
+            yield rest[at:stop]
+            at = stop
+        rest = rest[at:]
+    if rest:
+        yield rest
+
+
+def byte_symbols() -> dict[int, str]:
+    """The printable character that stands for each byte in tables of byte pairs, in the order of GPT-2's first ids."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
+
+
+class BPETokenizer:
+    """Byte-level byte pair encoding (GPT-2, section 2.2): frequent neighbours are merged into one token, in turn.
+
+    Ids are GPT-2's: a byte each for the first 256, then one for each merge. The work is the `tokenizers` library's,
+    which only `encode` needs.
+
+    Args:
+        merges: two tokens a line, their bytes written as `byte_symbols`; the form of GPT-2's merges.txt.
+        size: ids that there are; null has no more than needed.
+    Raises:
+        ValueError: a line is no such pair.
+    """
+
+    def __init__(self, merges: str, size: int | None = None):
+        self.vocabulary, self.pairs = merges, [tuple(line.split(" ")) for line in merges.split("\n") if line]
+        symbols = byte_symbols()
+        ids = {symbol: i for i, symbol in enumerate(symbols.values())}
+        for pair in self.pairs:
+            if len(pair) != 2 or not ids.keys() >= set(pair):
+                raise ValueError(
+                    f"{' '.join(pair)[:60]!r} is no merge of two tokens that earlier lines make: give merges"
+                )
+            ids.setdefault("".join(pair), len(ids))
+        self.tokens = list(ids)
+        byte_of = {symbol: byte for byte, symbol in symbols.items()}
+        self.pieces = [bytes(byte_of[symbol] for symbol in token) for token in self.tokens]
+        self.size = _room(size, len(self.pieces), "these merges")
+        self.ids_of: dict[str, list[int]] = {}  # of words that were encoded before
+
+    @classmethod
+    def merges_of(cls, text: Iterable[str], size: int) -> str:
+        """The merges that a text's most frequent pairs ask for, until there are `size` ids; the same every time."""
+        if size < 256:
+            raise ValueError(f"token_kinds={size} must be at least 256, as every byte has an id")
+        lib = need("tokenizers", "tokenizers")
+        engine = lib.Tokenizer(lib.models.BPE())
+        engine.pre_tokenizer = lib.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        alphabet = lib.pre_tokenizers.ByteLevel.alphabet()
+        how = lib.trainers.BpeTrainer(
+            vocab_size=size, min_frequency=2, initial_alphabet=alphabet, special_tokens=[], show_progress=False
+        )
+        engine.train_from_iterator(cut_at_spaces(text, 2**20), how)
+        return "\n".join(" ".join(pair) for pair in json.loads(engine.to_str())["model"]["merges"])
+
+    def __len__(self) -> int:
+        return self.size
+
+    @property
+    def characters(self) -> Tensor:
+        return _characters(self.pieces, self.size)
+
+    @cached_property
+    def engine(self):
+        """The library's tokenizer.
+
+        Raises:
+            ValueError: the library is not installed.
+        """
+        lib = need("tokenizers", "tokenizers")
+        engine = lib.Tokenizer(lib.models.BPE({token: i for i, token in enumerate(self.tokens)}, self.pairs))
+        engine.pre_tokenizer = lib.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        engine.decoder = lib.decoders.ByteLevel()
+        return engine
+
+    def unknown(self, text: str) -> str:
+        return ""
+
+    def encode(self, text: str) -> Tensor:
+        """Token ids (T,), int64."""
+        words = re.split(r"(?<=\S)(?=[ \n])", text)  # where cut_at_spaces may cut; most come again and again
+        if len(self.ids_of) > 2**20:
+            self.ids_of.clear()
+        new = [word for word in dict.fromkeys(words) if word not in self.ids_of]
+        for word, encoded in zip(new, self.engine.encode_batch_fast(new, add_special_tokens=False), strict=True):
+            self.ids_of[word] = encoded.ids
+        return torch.from_numpy(np.fromiter(chain.from_iterable(map(self.ids_of.__getitem__, words)), np.int64))
+
+    def decode(self, ids: Tensor) -> str:
+        return _joined(self.pieces, ids)
+
+
+class GPT2Tokenizer:
+    """GPT-2's own 50,257 byte pairs, by the `tiktoken` library, which fetches their table when it first needs them.
+
+    Args:
+        size: ids that there are; null has GPT-2's and no more.
+    """
+
+    vocabulary = ""  # a checkpoint needs no more than the name
+
+    def __init__(self, size: int | None = None):
+        self.size = _room(size, 50257, "GPT-2's tokens")
+
+    def __len__(self) -> int:
+        return self.size
+
+    @cached_property
+    def engine(self):
+        """The library's tokenizer.
+
+        Raises:
+            ValueError: the library is not installed, or its table is neither here nor to be had.
+        """
+        tiktoken = need("tiktoken", "tokenizers")
+        try:
+            return tiktoken.get_encoding("gpt2")
+        except Exception as error:  # whatever the network says
+            raise ValueError(
+                f"GPT-2's table of tokens is not on this machine and can't be fetched ({type(error).__name__}): "
+                "connect once, or point TIKTOKEN_CACHE_DIR to a copy of a connected machine's folder; "
+                "the tokenizers byte and bpe need no network"
+            ) from None
+
+    @cached_property
+    def pieces(self) -> list[bytes]:
+        return [self.engine.decode_single_token_bytes(i) for i in range(self.engine.n_vocab)]
+
+    @property
+    def characters(self) -> Tensor:
+        return _characters(self.pieces[:-1], self.size)  # the last one ends a text and is no part of it
+
+    def unknown(self, text: str) -> str:
+        return ""
+
+    def encode(self, text: str) -> Tensor:
+        """Token ids (T,), int64."""
+        pieces = list(cut_at_spaces([text], 2**16))
+        ids = self.engine.encode_ordinary_batch(pieces, num_threads=os.cpu_count() or 1)
+        return torch.tensor([i for piece in ids for i in piece], dtype=torch.int64)
+
+    def decode(self, ids: Tensor) -> str:
+        return _joined(self.pieces, ids)
 
 
 class TokenIds:
     """Ids written as numbers, "464 3290 ", for files of tokens whose tokenizer is elsewhere."""
 
     vocabulary = ("0",)  # what to begin with where nothing else is said
+    characters = None  # nobody knows what they stand for
 
     def __init__(self, size: int):
         self.size = size
@@ -70,3 +332,25 @@ class TokenIds:
 
     def decode(self, ids: Tensor) -> str:
         return "".join(f"{i} " for i in ids.flatten().tolist())
+
+
+Tokenizer = CharTokenizer | ByteTokenizer | BPETokenizer | GPT2Tokenizer | TokenIds
+
+
+def rebuild(data: dict, size: int | None) -> Tokenizer:
+    """The tokenizer that data settings speak of, such as a checkpoint's: plain values, of which old ones have fewer.
+
+    Args:
+        data: tokenizer, vocabulary, unknown and tokens, as the data module has them.
+        size: ids that the net has; those beyond the tokenizer's own mean nothing.
+    """
+    kind = data.get("tokenizer") or ("ids" if data.get("tokens") else "char")
+    if kind == "char":
+        return CharTokenizer(data["vocabulary"], data.get("unknown") or "error")
+    if kind == "bpe":
+        return BPETokenizer(data["vocabulary"], size)
+    if kind == "ids":
+        return TokenIds(size or 1)
+    if kind not in ("byte", "gpt2"):
+        raise ValueError(f"there is no tokenizer {kind!r}: take char, byte, bpe or gpt2")
+    return ByteTokenizer(size) if kind == "byte" else GPT2Tokenizer(size)

@@ -12,6 +12,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import functional as F
 from torchmetrics import MeanMetric, Metric, MetricCollection
 
+from . import checkpoint
 from .capture import CapturedStep
 from .distributed import Replicas, Shards, shard, whole
 from .lecture import Rung, build
@@ -30,11 +31,23 @@ def loss_of_features(net: GPT, features: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(net.logits(features).flatten(0, 1), y.flatten())
 
 
-class BitsPerCharacter(MeanMetric):
-    """The mean loss over ln 2; a token is a character."""
+class BitsPerCharacter(Metric):
+    """All nats over ln 2, shared out among the characters that the targets stand for: comparable over vocabularies."""
+
+    nats: Tensor
+    characters: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("nats", torch.zeros(()), dist_reduce_fx="sum")
+        self.add_state("characters", torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
+
+    def update(self, value: Tensor, weight: int, characters: Tensor) -> None:
+        self.nats += value * weight
+        self.characters += characters
 
     def compute(self) -> Tensor:
-        return super().compute() / math.log(2)
+        return self.nats / self.characters / math.log(2)
 
 
 class Perplexity(MeanMetric):
@@ -42,6 +55,19 @@ class Perplexity(MeanMetric):
 
     def compute(self) -> Tensor:
         return super().compute().exp()
+
+
+def freeze_below(net: GPT, n: int) -> None:
+    """Make the embeddings and the lowest `n` blocks constants, which no gradient has to be computed for; 0: nothing.
+
+    Raises:
+        ValueError: there are not so many blocks.
+    """
+    if not 0 <= n <= len(net.h):
+        raise ValueError(f"freeze={n} must be 0 or more, and {len(net.h)} at most, which is n_layer")
+    for name, p in net.named_parameters():
+        if n and (name.startswith("w") or name.startswith("h.") and int(name.split(".")[1]) < n):
+            p.requires_grad_(False)
 
 
 class Diverged(Exception):
@@ -60,7 +86,7 @@ class LanguageModel(L.LightningModule):
         dropout: probability; on embeddings, attention weights and residual branches.
         bias: whether linear layers and norms have one.
         tie_embeddings: whether the head shares the token embedding's matrix, as in GPT-2.
-        activation: of the MLP.
+        activation: of the MLP; gelu_tanh is how GPT-2 computes gelu.
         position: learned, one vector for each place; or rotary, an angle between query and key.
         norm: layer, with learnt weights; or rms, without, and after the embedding too.
         qk_norm: whether each head normalises its queries and keys.
@@ -81,6 +107,9 @@ class LanguageModel(L.LightningModule):
         decay_share: share of all steps over which wsd falls.
         ema_decay: keep an exponential average of the weights, so much of which stays at every step; it is what is
             validated, kept as best and sampled. 0 keeps none.
+        init_from: a checkpoint whose weights to start from, with a new optimizer; best or last is the newest file of
+            that name below checkpoints/. It brings sizes and vocabulary. null starts from random weights.
+        freeze: so many of the lowest blocks, and the embeddings, stay as they are; with tied embeddings the head too.
         seed: decides the dropout of step k.
         compile: compile the blocks (torch.compile) and, on one GPU, replay the whole step as a CUDA graph: a slow
             start for fast steps. Callbacks' hooks inside a step are then called in its first few only.
@@ -96,7 +125,7 @@ class LanguageModel(L.LightningModule):
         dropout: float = GPTConfig.dropout,
         bias: bool = GPTConfig.bias,
         tie_embeddings: bool = GPTConfig.tie_embeddings,
-        activation: Literal["gelu", "relu", "relu2", "swiglu"] = GPTConfig.activation,
+        activation: Literal["gelu", "gelu_tanh", "relu", "relu2", "swiglu"] = GPTConfig.activation,
         position: Literal["learned", "rotary"] = GPTConfig.position,
         norm: Literal["layer", "rms"] = GPTConfig.norm,
         qk_norm: bool = GPTConfig.qk_norm,
@@ -116,6 +145,8 @@ class LanguageModel(L.LightningModule):
         min_lr_ratio: float = 0.1,
         decay_share: float = 0.6,
         ema_decay: float = 0.0,
+        init_from: str | None = None,
+        freeze: int = 0,
         seed: int = 1337,
         compile: bool = False,
     ):
@@ -133,18 +164,16 @@ class LanguageModel(L.LightningModule):
         self.save_hyperparameters()
         self.net = build(self.hparams)
         self.average = deepcopy(self.net).requires_grad_(False) if ema_decay else None
+        if isinstance(self.net, GPT):
+            freeze_below(self.net, freeze)
+        elif freeze:
+            raise ValueError(f"freeze={freeze} is for the GPT, and rung={rung} is too small for that: leave it out")
+        self.init_from = init_from  # the command line forgets it when a run goes on: all weights are in its checkpoint
         self.head_loss, self.compiles = loss_of_features, False
         self.captured: CapturedStep | None = None
         self.grad_norm: Tensor | None = None
         self.step_loss: Tensor = torch.zeros(())
         self.logged_loss: Tensor | None = None
-        metrics: dict[str, Metric | MetricCollection] = {
-            "loss": MeanMetric(),
-            "bpc": BitsPerCharacter(),
-            "perplexity": Perplexity(),
-        }
-        self.val_metrics = MetricCollection(metrics, prefix="val/")
-        self.test_metrics = self.val_metrics.clone(prefix="test/")
 
     @property
     def final_net(self) -> GPT | Rung:
@@ -255,7 +284,9 @@ class LanguageModel(L.LightningModule):
         if self.logs_after(batch_idx):
             loss = self.logged_loss = self.step_loss.clone()  # a replayed step writes to the same place
             self.log("train/loss", loss, sync_dist=self.trainer.world_size > 1)
-            self.log("train/bpc", loss / math.log(2), sync_dist=self.trainer.world_size > 1)
+            if self.characters is not None:
+                per_token = self.characters[batch[1]].float().mean()
+                self.log("train/bpc", loss / per_token / math.log(2), sync_dist=self.trainer.world_size > 1)
             rates = {bool(group.get("muon")): group["lr"] for group in self.trainer.optimizers[0].param_groups}
             for of_muon, rate in rates.items():
                 self.log("train/muon_lr" if of_muon else "train/lr", float(rate))
@@ -283,12 +314,30 @@ class LanguageModel(L.LightningModule):
 
     def measure(self, metrics: MetricCollection, x: Tensor, y: Tensor) -> None:
         if y.numel():
-            metrics.update(next_token_loss(self.final_net, x, y), weight=y.numel())
+            how = {} if self.characters is None else {"characters": self.characters[y].sum()}
+            metrics.update(next_token_loss(self.final_net, x, y), weight=y.numel(), **how)
         elif isinstance(self.trainer.strategy, Shards):
             nothing = x.new_zeros(1, x.size(1))  # the others have a window, and need this rank's weights for it
             next_token_loss(self.final_net, nothing, nothing)
 
     # --- set up, save and resume -------------------------------------------------------------------------------------
+
+    characters: Tensor | None  # that each token id stands for, where that is known
+
+    def setup(self, stage: str) -> None:
+        tokenizer = getattr(getattr(self.trainer, "datamodule", None), "tokenizer", None)
+        table = None if tokenizer is None else tokenizer.characters
+        self.register_buffer("characters", table, persistent=False)
+        metrics: dict[str, Metric | MetricCollection] = {"loss": MeanMetric(), "perplexity": Perplexity()}
+        if table is not None:
+            metrics["bpc"] = BitsPerCharacter()
+        self.val_metrics = MetricCollection(metrics, prefix="val/")
+        self.test_metrics = self.val_metrics.clone(prefix="test/")
+        if stage == "fit" and self.init_from:
+            weights = checkpoint.weights_for(self.init_from, self.net.state_dict(), tokenizer, self.hparams.freeze > 0)
+            for net in self.net, self.average:
+                if net is not None:
+                    net.load_state_dict(weights)
 
     def configure_model(self) -> None:
         if isinstance(self.trainer.strategy, Shards):
@@ -301,8 +350,11 @@ class LanguageModel(L.LightningModule):
     def parameter_groups(self) -> list[dict]:
         hp = self.hparams
         if hp.optimizer == "muon":
-            return muon_groups(self.net, hp.muon_lr, hp.weight_decay, hp.learning_rate, hp.betas)
-        return adamw_groups(self.net, hp.learning_rate, hp.betas, hp.weight_decay)
+            groups = muon_groups(self.net, hp.muon_lr, hp.weight_decay, hp.learning_rate, hp.betas)
+        else:
+            groups = adamw_groups(self.net, hp.learning_rate, hp.betas, hp.weight_decay)
+        trained = [group | {"params": [p for p in group["params"] if p.requires_grad]} for group in groups]
+        return [group for group in trained if group["params"]] if hp.freeze else groups
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         if self.hparams.optimizer == "muon":

@@ -1,0 +1,220 @@
+"""Any text: which files, what is wrong with them, and large ones through a file of tokens."""
+
+import os
+import re
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lightning_gpt import reading
+from lightning_gpt.data import TinyShakespeare
+from lightning_gpt.reading import find_files, read_all, read_pieces
+
+VERSE = "The quality of mercy is not strain'd,\nIt droppeth as the gentle rain from heaven — naïve café.\n"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Three texts, two of them below a folder, and something else."""
+    (tmp_path / "plays" / "late").mkdir(parents=True)
+    for name, content in {"plays/b.txt": "b", "plays/late/a.txt": "a\n", "c.md": "c\n", "plays/x.bin": "x"}.items():
+        (tmp_path / name).write_text(content)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "corpus, text",
+    [
+        ("plays", "b\na\n"),
+        ("plays,c.md", "b\na\nc\n"),
+        ("plays/*.*", "b\nx"),
+        ("c.md, plays/b.txt", "c\nb"),
+        ("**/*.md", "c\n"),
+    ],
+)
+def test_a_corpus_is_files_folders_and_patterns(folder, monkeypatch, corpus, text):
+    monkeypatch.chdir(folder)
+    assert "".join(read_all(find_files(corpus), False, Counter())) == text
+
+
+def test_a_file_with_a_comma_in_its_name_is_one_file(tmp_path):
+    (tmp_path / "a,b").write_text("text")
+    assert find_files(f"{tmp_path}/a,b") == [tmp_path / "a,b"]
+
+
+@settings(deadline=None)
+@given(st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"])) | st.text("a\r\né日", min_size=1))
+def test_pieces_of_a_file_make_up_its_text(tmp_path_factory, text):
+    path = tmp_path_factory.mktemp("pieces") / "text"
+    path.write_bytes(text.encode())
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reading, "PIECE", 3)
+        kept, read = ("".join(read_pieces(path, keep, Counter())) for keep in (True, False))
+    assert kept == text.removeprefix("\ufeff") and read == kept.replace("\r\n", "\n")
+
+
+def test_what_is_changed_is_said(tmp_path, capsys):
+    (tmp_path / "text").write_bytes(b"\xef\xbb\xbf" + b"one\r\ntwo\r\n" * 30)
+    data = TinyShakespeare(str(tmp_path / "text"), block_size=8)
+    told = capsys.readouterr().err
+    assert "byte order mark" in told and "60 Windows line ends" in told and told.count("lightning-gpt: ") == 2
+    assert set(data.tokenizer.vocabulary) == set("one\ntwo")
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (b"abcdefg\xe9 caf\xe9", "byte 0xe9 at offset 7; convert it, such as with iconv -f WINDOWS-1252"),
+        (
+            "h\u00e9".encode("utf-16"),
+            "byte 0xff at offset 0, as UTF-16 begins; convert it, such as with iconv -f UTF-16",
+        ),
+        (b"abcdefghij\0", "binary file: a zero byte at offset 10"),
+        (b"abc\xe6\x97", "byte 0xe6 at offset 3"),
+        (b"", "is empty"),
+    ],
+)
+def test_what_is_no_text_is_refused_with_its_place(tmp_path, monkeypatch, content, message):
+    monkeypatch.setattr(reading, "PIECE", 4)
+    (tmp_path / "good.txt").write_text("fine")
+    (tmp_path / "bad.txt").write_bytes(content)
+    with pytest.raises(ValueError, match="the corpus .*bad.txt.*" + re.escape(message)):
+        "".join(read_all([tmp_path / "bad.txt"], False, Counter()))
+    if content:
+        with pytest.raises(ValueError, match=re.escape(message)):
+            TinyShakespeare(str(tmp_path), block_size=1)
+
+
+def test_a_folder_without_text_and_a_pattern_without_files(tmp_path):
+    (tmp_path / "notes.md").write_text("text")
+    with pytest.raises(ValueError, match=r"has no \.txt file.*\*\.md"):
+        find_files(str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        find_files(f"{tmp_path}/*.txt")
+
+
+@pytest.mark.parametrize("split", [0.9, 0.5, (0.3, 0.4)])
+def test_a_text_that_is_too_short_is_told_how_long_it_has_to_be(tmp_path, split):
+    def data(length, block_size):
+        (tmp_path / "text").write_text("ab" * length)
+        return TinyShakespeare(str(tmp_path / "text"), block_size, split=split)
+
+    with pytest.raises(ValueError, match="too few for one window of block_size=50") as told:
+        data(40, 50)
+    needed, block_size = re.search(r"some ([\d,]+) characters.* --model.block_size (\d+)", str(told.value)).groups()
+    enough = int(needed.replace(",", ""))
+    data((enough + 1) // 2, 50), data(40, int(block_size))
+    with pytest.raises(ValueError, match="too few"):
+        data((enough - 25) // 2, 50)
+
+
+# --- vocabularies -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def poem(tmp_path):
+    path = tmp_path / "poem.txt"
+    path.write_text(VERSE * 40 + "The end: 日本語, and Q\n" + VERSE * 10)
+    return path
+
+
+def test_merges_come_from_the_training_split_alone(tmp_path, poem):
+    one = TinyShakespeare(str(poem), 8, tokenizer="bpe", token_kinds=290)
+    training = poem.read_text()[: int(0.9 * len(poem.read_text()))]
+    (tmp_path / "other").write_text(training + "zyx " * (len(poem.read_text()) - len(training) >> 2))
+    other = TinyShakespeare(str(tmp_path / "other"), 8, tokenizer="bpe", token_kinds=290)
+    assert other.tokenizer.vocabulary == one.tokenizer.vocabulary
+    assert one.vocab_size == 290 and len(one.train_tokens) < 0.7 * len(training)
+
+
+@pytest.mark.parametrize("kind", ["char", "byte", "bpe"])
+def test_every_tokenizer_splits_the_text_at_the_same_character(poem, kind):
+    data, text = TinyShakespeare(str(poem), 8, tokenizer=kind), poem.read_text()
+    n = int(0.9 * len(text))
+    assert data.tokenizer.decode(data.train_tokens.long()) == text[:n]
+    assert data.tokenizer.decode(data.val_tokens.long()) == text[n:]
+
+
+def test_a_token_for_the_unknown_is_learnt_from_what_is_rare(poem):
+    data = TinyShakespeare(str(poem), 8, unknown="replace")
+    assert not set("日本語Q:") & set(data.tokenizer.vocabulary) and "\ufffd" in data.tokenizer.vocabulary
+    assert "The end\ufffd \ufffd\ufffd\ufffd, and \ufffd\n" in data.tokenizer.decode(data.train_tokens)
+
+
+def test_a_vocabulary_is_extended_behind_its_end(poem):
+    data = TinyShakespeare(str(poem), 8, vocabulary="zTheQ", unknown="extend")
+    assert data.tokenizer.vocabulary.startswith("zTheQ") and "日" in data.tokenizer.vocabulary
+    with pytest.raises(ValueError, match="lacks: .*日"):
+        TinyShakespeare(str(poem), 8, vocabulary="".join(set(VERSE)))
+
+
+def test_names_that_are_made_up_of_other_letters_do_not_stop_a_run(tmp_path):
+    (tmp_path / "play").write_text("ZZYX:\nhow now, Zzyx, and you, Zzyx.\n\n" * 30)
+    data = TinyShakespeare(str(tmp_path / "play"), 8, renamed_copies=3)
+    assert len(data.train_tokens) > 3 * 30 * 35
+
+
+# --- large texts ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def large(poem, tmp_path, monkeypatch):
+    """Serves the poem as if it were large, in small pieces."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+    def large(**how):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(reading, "LARGE", 0)
+            patch.setattr(reading, "PIECE", 100)
+            return TinyShakespeare(str(poem), 8, **how)
+
+    return large
+
+
+def files(tmp_path):
+    return {file: file.stat().st_mtime_ns for file in (tmp_path / "cache").rglob("*.tokens")}
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        {},
+        {"tokenizer": "byte"},
+        {"tokenizer": "bpe", "token_kinds": 300},
+        {"split": (0.5, 0.7)},
+        {"unknown": "replace"},
+    ],
+    ids=str,
+)
+def test_a_large_text_is_served_as_a_small_one_is(poem, large, tmp_path, how):
+    small, mapped = TinyShakespeare(str(poem), 8, **how), large(**how)
+    assert mapped.tokenizer.vocabulary == small.tokenizer.vocabulary and mapped.vocab_size == small.vocab_size
+    for name in "train_tokens", "val_tokens":
+        assert torch.equal(getattr(mapped, name).long(), getattr(small, name).long())
+    before = files(tmp_path)
+    again, resumed = large(**how), large(**how | {"vocabulary": small.hparams.vocabulary})
+    assert files(tmp_path) == before and len(before) == 1  # made once, and found with a checkpoint's vocabulary too
+    assert torch.equal(again.val_tokens, mapped.val_tokens) and torch.equal(resumed.val_tokens, mapped.val_tokens)
+
+
+def test_tokens_are_made_again_if_the_text_changes_or_their_file_is_cut(poem, large, tmp_path):
+    first = large().train_tokens.clone()
+    (file,) = files(tmp_path)
+    os.truncate(file, 100)
+    assert torch.equal(large().train_tokens, first)
+    poem.write_text(poem.read_text().replace("mercy", "MERCY"))
+    assert "M" in large().tokenizer.vocabulary
+
+
+def test_copies_are_left_out_of_large_texts_and_that_is_said(large, capsys):
+    assert len(large(renamed_copies=2).train_tokens) == len(large().train_tokens)
+    assert "data.renamed_copies=2 is for small texts" in capsys.readouterr().err
+
+
+def test_a_cache_that_can_not_be_written_says_where_it_is(large, tmp_path, monkeypatch):
+    (tmp_path / "cache").write_text("a file in the way")
+    with pytest.raises(OSError, match="set XDG_CACHE_HOME"):
+        large()

@@ -1,0 +1,140 @@
+"""Text to ids and back, whatever the text and the tokenizer."""
+
+import json
+import random
+import sys
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from lightning_gpt.formats import described
+from lightning_gpt.tokenizer import (
+    BPETokenizer,
+    ByteTokenizer,
+    CharTokenizer,
+    GPT2Tokenizer,
+    cut_at_spaces,
+    rebuild,
+)
+
+WORDS = "the cat sat on a mat, who's there? naïve café\n日本語 the then there\n\nquiz  42 "
+MERGES = "t h\nth e\nĠ the\nĠ t\nh e\nĠt he\na t\nr e\nÃ ¯\nc at\nĠ cat"  # a part of what a trainer would find
+
+
+@pytest.fixture(scope="module")
+def gpt2():
+    pytest.importorskip("tiktoken")
+    tokenizer = GPT2Tokenizer()
+    try:
+        return tokenizer if tokenizer.engine else None
+    except ValueError:
+        pytest.skip("GPT-2's table is not on this machine, and can't be fetched")
+
+
+TOKENIZERS = [ByteTokenizer(), BPETokenizer(MERGES), BPETokenizer("")]
+
+
+@pytest.mark.parametrize("tokenizer", TOKENIZERS, ids=["byte", "bpe", "bpe without merges"])
+@settings(max_examples=60, deadline=None)
+@example("the cat<|endoftext|>\r\n\0")
+@given(st.text() | st.text("thecarÃ¯ \n", max_size=300))
+def test_any_text_comes_back_and_its_tokens_count_its_characters(tokenizer, text):
+    ids = tokenizer.encode(text)
+    assert ids.dtype == torch.int64 and tokenizer.decode(ids) == text
+    assert tokenizer.characters[ids].sum() == len(text)
+
+
+def test_any_text_comes_back_from_gpt2s_tokens(gpt2):
+    @settings(max_examples=60, deadline=None)
+    @given(st.text())
+    def round_trip(text):
+        ids = gpt2.encode(text)
+        assert gpt2.decode(ids) == text and gpt2.characters[ids].sum() == len(text)
+
+    round_trip()
+    assert gpt2.encode("Hello world<|endoftext|>").tolist() == [15496, 995, 27, 91, 437, 1659, 5239, 91, 29]
+    assert gpt2.decode(torch.tensor([50256])) == "<|endoftext|>" and gpt2.characters[50256] == 0
+
+
+def test_byte_pairs_merge_in_the_order_of_their_table():
+    tokenizer = BPETokenizer(MERGES)
+    pieces = [tokenizer.pieces[i].decode() for i in tokenizer.encode("the cat, the hat")]
+    assert pieces == ["the", " cat", ",", " the", " ", "h", "at"]  # "Ġ the" comes before "Ġ t" and "Ġt he"
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.text("ab' \n\t\u3000é日.", max_size=400), st.integers(3, 30))
+def test_a_text_cut_at_spaces_has_the_byte_pairs_of_the_whole(text, length):
+    pieces = list(cut_at_spaces([text[:50], text[50:]], length))
+    assert "".join(pieces) == text
+    clean = all(a[-1:].strip() and b[0] in " \n" for a, b in zip(pieces, pieces[1:], strict=False))
+    tokenizer = BPETokenizer("a b\nĠ a\nĊ Ċ\nĠ Ġ\nab ab\nĠ ab\nĊ Ġ")
+    if clean:  # else there was no place to cut near
+        assert [i for piece in pieces for i in tokenizer.encode(piece)] == tokenizer.engine.encode(text).ids
+
+
+def test_long_texts_are_cut_where_it_does_not_show():
+    dice = random.Random(0)
+    text = "".join(dice.choice(WORDS) for _ in range(150_000))
+    tokenizer = BPETokenizer(MERGES)
+    assert tokenizer.encode(text).tolist() == tokenizer.engine.encode(text).ids
+
+
+def test_merges_are_those_of_the_text_and_the_same_every_time():
+    text = WORDS * 30
+    merges = BPETokenizer.merges_of([text], 280)
+    assert merges == BPETokenizer.merges_of([text[:100], text[100:]], 280)
+    assert merges != BPETokenizer.merges_of([text.replace("the", "who")], 280)
+    tokenizer = BPETokenizer(merges)
+    assert len(tokenizer) == 280
+    assert len(tokenizer.encode(text)) < 0.75 * len(text.encode())
+
+
+@pytest.mark.parametrize(
+    "tokenizer",
+    [CharTokenizer("hello wrd"), CharTokenizer("helo", "replace"), CharTokenizer("helo", "drop"), *TOKENIZERS],
+)
+def test_a_tokenizer_is_rebuilt_from_plain_data(tokenizer):
+    plain = json.loads(json.dumps(described(tokenizer)))
+    again = rebuild(plain, len(tokenizer))
+    assert torch.equal(again.encode("hello"), tokenizer.encode("hello")) and len(again) == len(tokenizer)
+    assert type(again) is type(tokenizer)
+
+
+def test_ids_that_round_a_vocabulary_up_mean_nothing_and_break_nothing():
+    tokenizer = ByteTokenizer(300)
+    assert len(tokenizer) == 300 and tokenizer.characters[299] == 0
+    assert tokenizer.decode(torch.tensor([104, 299, 105])) == "h\ufffdi"
+    with pytest.raises(ValueError, match="token_kinds=200 is less than the 256"):
+        ByteTokenizer(200)
+
+
+@pytest.mark.parametrize("policy, text", [("drop", "hell"), ("replace", "hell\ufffd")])
+def test_unknown_characters_drop_out_or_are_replaced(policy, text):
+    tokenizer = CharTokenizer("hel", policy)
+    assert tokenizer.decode(tokenizer.encode("hell\U0001f600")) == text
+
+
+def test_unknown_characters_are_named():
+    for policy, text in ("error", "help ö"), ("drop", " öp"):
+        with pytest.raises(ValueError, match="' pö'"):
+            CharTokenizer("hel", policy).encode(text)
+
+
+@pytest.mark.parametrize("library, tokenizer", [("tokenizers", BPETokenizer(MERGES)), ("tiktoken", GPT2Tokenizer())])
+def test_a_missing_library_is_named_with_its_remedy(monkeypatch, library, tokenizer):
+    monkeypatch.setitem(sys.modules, library, None)
+    tokenizer.__dict__.pop("engine", None)
+    with pytest.raises(ValueError, match=f"needs the package {library}.*pip install 'tiny-lightning-gpt.tokenizers"):
+        tokenizer.encode("text")
+
+
+def test_without_a_network_gpt2s_table_is_asked_for_in_one_sentence(monkeypatch, tmp_path):
+    tiktoken = pytest.importorskip("tiktoken")
+    monkeypatch.setattr(tiktoken.registry, "ENCODINGS", {})
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")
+    with pytest.raises(ValueError, match="can't be fetched.*TIKTOKEN_CACHE_DIR"):
+        GPT2Tokenizer().encode("text")
