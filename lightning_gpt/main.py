@@ -14,7 +14,14 @@ import jsonargparse
 import torch
 
 # what needs no Trainer: a module and a function of it. Lightning takes seconds to import, and these are to be quick
-COMMANDS = {"generate": "speak", "score": "speak", "report": "report", "shrink": "checkpoint"}
+COMMANDS = {
+    "generate": "speak",
+    "score": "speak",
+    "report": "report",
+    "shrink": "checkpoint",
+    "import": "formats:import_weights",
+    "export": "formats",
+}
 TRAINING = "fit", "validate", "test"
 HELP = """lightning-gpt COMMAND [options]; each COMMAND has its own --help.
 
@@ -24,7 +31,9 @@ HELP = """lightning-gpt COMMAND [options]; each COMMAND has its own --help.
   generate   write text from a checkpoint
   score      how likely a checkpoint finds a text
   report     a page about a run, or about several side by side
-  shrink     a checkpoint's net in a small file, one byte a weight"""
+  shrink     a checkpoint's net in a small file, one byte a weight
+  import     make a checkpoint of weights from GPT-2, nanoGPT or safetensors
+  export     write a checkpoint's net as safetensors, for transformers, or as ONNX"""
 
 
 def complain(message: str) -> None:
@@ -46,13 +55,18 @@ def do(args: list[str]) -> None:
     if args in ([], ["-h"], ["--help"]):
         print(HELP)
     elif args[0] in COMMANDS:
-        function = getattr(import_module(f".{COMMANDS[args[0]]}", __package__), args[0])
+        module, _, name = COMMANDS[args[0]].partition(":")
+        function = getattr(import_module(f".{module}", __package__), name or args[0])
         parser = Parser(prog=f"lightning-gpt {args[0]}", description=function.__doc__.split("\n")[0])
         parser.add_argument("--config", action="config", help="A YAML file with any of these options.")
         given = [name for name in signature(function).parameters if name == "runs"]  # without a flag
         for name in given:
             parser.add_argument(name, nargs="*", default=[], help="Folders of runs; none is the newest.")
         parser.add_function_arguments(function, skip=set(given))
+        for action in parser._actions:  # a flag may have a name that Python keeps for itself: from_ is --from
+            for flag in [flag for flag in action.option_strings if flag.endswith("_")]:
+                action.option_strings = [flag.rstrip("_")]
+                parser._option_string_actions[flag.rstrip("_")] = action
         options = parser.parse_args(args[1:])
         function(**{key: value for key, value in options.items() if key != "config"})
     elif args[0] not in TRAINING and not args[0].startswith("-"):

@@ -1,0 +1,380 @@
+"""lightning-gpt import and export: weights from GPT-2, nanoGPT and safetensors, to safetensors, Hugging Face and ONNX.
+
+Our modules bear GPT-2's names, so weights move by name. The libraries are optional and imported when they are needed.
+"""
+
+import io
+import json
+import logging
+import pickle
+import warnings
+from collections.abc import Mapping
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from . import checkpoint
+from .main import program
+from .model import GPT, GPTConfig
+from .tokenizer import (
+    BPETokenizer,
+    ByteTokenizer,
+    CharTokenizer,
+    GPT2Tokenizer,
+    TokenIds,
+    Tokenizer,
+    byte_symbols,
+    need,
+    rebuild,
+)
+
+# GPT-2's settings as transformers names them, and ours
+SETTINGS = {
+    "vocab_size": "vocab_size",
+    "n_positions": "block_size",
+    "n_layer": "n_layer",
+    "n_head": "n_head",
+    "n_embd": "n_embd",
+    "resid_pdrop": "dropout",
+    "tie_word_embeddings": "tie_embeddings",
+}
+ACTIVATIONS = {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu": "relu"}
+# what else GPT-2 could be told, and the one value that our block has; then the reverse
+ONLY_IN_GPT2: dict[str, Any] = {
+    "layer_norm_epsilon": 1e-5,
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "add_cross_attention": False,
+}
+ONLY_IN_OURS: dict[str, Any] = {"position": "learned", "norm": "layer", "qk_norm": False, "logit_cap": 0.0, "ngram": 1}
+TRANSPOSED = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # GPT-2 keeps these as (inputs, outputs)
+KINDS = {CharTokenizer: "char", ByteTokenizer: "byte", BPETokenizer: "bpe", GPT2Tokenizer: "gpt2", TokenIds: "ids"}
+
+
+def gpt2_name(ours: str) -> str:
+    return ours if ours.startswith("lm_head") else f"transformer.{ours}"
+
+
+def described(tokenizer: Tokenizer) -> dict[str, Any]:
+    """The settings that `tokenizer.rebuild` makes the same tokenizer of."""
+    kind = KINDS[type(tokenizer)]
+    return {
+        "tokenizer": kind,
+        "vocabulary": "".join(tokenizer.vocabulary) if kind in ("char", "bpe") else None,
+        "unknown": getattr(tokenizer, "on_unknown", "error"),
+        "token_kinds": None if kind == "char" else len(tokenizer),
+    }
+
+
+# --- import -----------------------------------------------------------------------------------------------------------
+
+
+def import_weights(
+    from_: str, output: str, meta: str | None = None, tokenizer: Literal["byte", "gpt2", "ids"] | None = None
+) -> None:
+    """Make a checkpoint of weights that were trained elsewhere.
+
+    Args:
+        from_: hf:FOLDER, a GPT-2 as transformers saves it; gpt2, gpt2-medium, gpt2-large, gpt2-xl or hf:OWNER/NAME, a
+            GPT-2 on the Hugging Face hub; nanogpt:FILE, a ckpt.pt; or safetensors:FILE, as `export` writes it.
+        output: the checkpoint to write.
+        meta: nanoGPT's meta.pkl with the characters of its vocabulary; null looks beside the ckpt.pt.
+        tokenizer: what the ids mean, where the weights come without that; null is gpt2 for 50,257 of them or 50,304,
+            and ids, which are written as numbers, for others.
+    """
+    kind, _, path = (
+        from_.rpartition(":") if not from_.startswith(("hf:", "nanogpt:", "safetensors:")) else (from_.partition(":"))
+    )
+    if kind == "nanogpt":
+        config, weights, words = from_nanogpt(Path(path), meta)
+    elif kind == "safetensors":
+        config, weights, words = from_safetensors(Path(path))
+    elif kind in ("hf", ""):
+        config, weights, words = from_hugging_face(path)
+    else:
+        raise ValueError(f"--from {from_}: take hf:FOLDER, nanogpt:FILE, safetensors:FILE, or the hub's gpt2")
+    if not words or tokenizer:
+        words = {"tokenizer": tokenizer or ("gpt2" if config.vocab_size in (50257, 50304) else "ids")}
+        words |= {"token_kinds": config.vocab_size, "vocabulary": None}
+    known = rebuild(words, config.vocab_size)
+    if len(known) != config.vocab_size:
+        raise ValueError(f"{from_} has {config.vocab_size} token ids, and its vocabulary has {len(known)}")
+    with torch.device("meta"):
+        net = GPT(config)
+    try:
+        net.load_state_dict(weights, assign=True)
+    except RuntimeError as error:
+        raise ValueError(
+            f"the weights of {from_} do not fit its settings: {' '.join(str(error).split())[:300]}"
+        ) from None
+    saved = {
+        "state_dict": {f"net.{name}": w.float() for name, w in net.state_dict().items()},
+        "hyper_parameters": asdict(config) | {"seed": 1337},
+        "datamodule_hyper_parameters": described(known),
+        "global_step": 0,
+        "pytorch-lightning_version": "2.6.6",
+    }
+    checkpoint.write(saved, output)
+    size = (
+        sum(w.numel() for name, w in weights.items() if not (config.tie_embeddings and name == "lm_head.weight")) / 1e6
+    )
+    print(
+        f"{size:.2f}M parameters, {config.vocab_size:,} token ids ({KINDS[type(known)]}), in {output}\n\nNext:\n"
+        f"  {program()} generate --ckpt_path {output}\n"
+        f"  {program()} fit --config finetune --model.init_from {output} --data.corpus my_text.txt"
+    )
+
+
+def our_names(weights: Mapping[str, Tensor], transposed: bool) -> dict[str, Tensor]:
+    """GPT-2's weights by our names; causal masks, which some files hold, are left out."""
+    ours = {}
+    for name, w in weights.items():
+        name = name.removeprefix("_orig_mod.").removeprefix("transformer.")
+        if not name.endswith((".attn.bias", ".attn.masked_bias")):
+            ours[name] = w.t().contiguous() if transposed and name.endswith(TRANSPOSED) else w
+    if "lm_head.weight" not in ours and "wte.weight" in ours:
+        ours["lm_head.weight"] = ours["wte.weight"]
+    return ours
+
+
+def from_hugging_face(name: str) -> tuple[GPTConfig, dict[str, Tensor], dict]:
+    """Settings, weights and, where it is known, the tokenizer of a GPT-2 in a folder or on the hub.
+
+    Raises:
+        ValueError: nothing is there, or no GPT-2, or one that our block can't be; names the setting.
+    """
+    transformers = need("transformers", "formats")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    folder = Path(name)
+    if not folder.is_dir() and (name.startswith(("/", ".", "~")) or name.count("/") > 1 or not name):
+        raise FileNotFoundError(f"the folder {name} does not exist: give hf:FOLDER with config.json and the weights")
+    logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # each of its retries
+    try:
+        theirs = transformers.AutoConfig.from_pretrained(name)
+    except Exception as error:  # a dozen kinds, by what the network or the folder lacks
+        if folder.is_dir():
+            why = " ".join(str(error).split())[:150]
+            raise ValueError(f"{name} is no folder with a config.json that can be read: {why}") from None
+        raise ValueError(
+            f"{name} is no folder here, and the Hugging Face hub could not be reached or does not have it "
+            f"({type(error).__name__}): connect, or give a copy of its folder as hf:FOLDER"
+        ) from None
+    if theirs.model_type != "gpt2":
+        raise ValueError(f"{name} is a {theirs.model_type}, and only the GPT-2 family can be imported")
+    for setting, needed in ONLY_IN_GPT2.items():
+        if (value := getattr(theirs, setting, needed)) != needed:
+            raise ValueError(f"{name} has {setting}={value}, and our block only has {needed}")
+    if theirs.activation_function not in ACTIVATIONS:
+        known = ", ".join(ACTIVATIONS)
+        raise ValueError(f"{name} has activation_function={theirs.activation_function}, and our block only {known}")
+    if theirs.n_inner not in (None, 4 * theirs.n_embd):
+        raise ValueError(f"{name} has n_inner={theirs.n_inner}, and our MLP is 4 * n_embd={4 * theirs.n_embd} wide")
+    config = GPTConfig(
+        **{ours: getattr(theirs, setting) for setting, ours in SETTINGS.items()},
+        activation=ACTIVATIONS[theirs.activation_function],  # type: ignore[arg-type]
+    )
+    try:
+        model, told = transformers.GPT2LMHeadModel.from_pretrained(name, output_loading_info=True)
+    except Exception as error:
+        raise ValueError(f"the weights of {name} can't be read: {' '.join(str(error).split())[:200]}") from None
+    if missing := sorted(told["missing_keys"]):
+        raise ValueError(f"{name} lacks weights: {', '.join(missing)[:200]}")
+    words = getattr(theirs, "lightning_gpt", None) or (
+        tokenizer_in(folder, config.vocab_size) if folder.is_dir() else {}
+    )
+    return config, our_names(model.float().state_dict(), transposed=True), words
+
+
+def tokenizer_in(folder: Path, size: int) -> dict:
+    """The settings of the byte pairs in a folder of transformers', or nothing if it has none, or has others."""
+    try:
+        if (folder / "merges.txt").exists():
+            lines = (folder / "merges.txt").read_text("utf-8").split("\n")
+            merges = "\n".join(line for line in lines if line and not line.startswith("#version"))
+            ids = json.loads((folder / "vocab.json").read_text("utf-8"))
+        else:
+            told = json.loads((folder / "tokenizer.json").read_text("utf-8"))
+            if told["pre_tokenizer"]["type"] != "ByteLevel" or told["pre_tokenizer"].get("add_prefix_space"):
+                return {}
+            pairs, ids = told["model"]["merges"], told["model"]["vocab"]
+            merges = "\n".join(pair if isinstance(pair, str) else " ".join(pair) for pair in pairs)
+        tokens = BPETokenizer(merges, size).tokens
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    if any(ids.get(token) != i for i, token in enumerate(tokens)):
+        return {}
+    return {"tokenizer": "bpe", "vocabulary": merges, "unknown": "error", "token_kinds": size}
+
+
+class PlainUnpickler(pickle.Unpickler):
+    """Reads what consists of dicts, lists, strings and numbers; anything else could run code."""
+
+    def find_class(self, module: str, name: str):
+        raise ValueError(f"it names {module}.{name}, and only dicts, strings and numbers are read")
+
+
+def from_nanogpt(path: Path, meta: str | None) -> tuple[GPTConfig, dict[str, Tensor], dict]:
+    """Settings, weights and, where its meta.pkl is there, the characters of a checkpoint of nanoGPT's.
+
+    Raises:
+        ValueError: a file is no such thing; what could run code is not read. OSError: it can't be read.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"the file {path} does not exist: give nanogpt:FILE, the ckpt.pt of its out_dir")
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        args, weights = dict(saved["model_args"]), our_names(saved["model"], transposed=False)
+        config = GPTConfig(
+            **{name: args[name] for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd")},
+            dropout=args.get("dropout", 0.0),
+            bias=args.get("bias", True),
+            tie_embeddings=True,
+        )
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{path} is no checkpoint of nanoGPT's that can be read as plain data: {reason}") from None
+    file = Path(meta) if meta else path.with_name("meta.pkl")
+    if not file.exists():
+        if meta:
+            raise FileNotFoundError(f"the file {meta} does not exist: give --meta FILE, nanoGPT's data/.../meta.pkl")
+        return config, weights, {}
+    try:
+        itos = PlainUnpickler(io.BytesIO(file.read_bytes())).load()["itos"]
+        characters = [itos[i] for i in range(len(itos))]
+        if any(not isinstance(character, str) or len(character) != 1 for character in characters):
+            raise ValueError("its itos are no characters")
+    except Exception as error:
+        raise ValueError(f"{file} is no meta.pkl of nanoGPT's: {type(error).__name__}: {error}") from None
+    return config, weights, {"tokenizer": "char", "vocabulary": "".join(characters), "unknown": "error"}
+
+
+def from_safetensors(path: Path) -> tuple[GPTConfig, dict[str, Tensor], dict]:
+    """What `export` wrote.
+
+    Raises:
+        ValueError: the file is damaged, or says nothing of its net. OSError: it can't be read.
+    """
+    safetensors = need("safetensors", "formats")
+    if not path.is_file():
+        raise FileNotFoundError(f"the file {path} does not exist")
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            told = json.loads((file.metadata() or {})["lightning_gpt"])
+            weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        names = {field.name for field in fields(GPTConfig)}
+        config = GPTConfig(**{name: value for name, value in told["model"].items() if name in names})
+    except KeyError:
+        raise ValueError(f"{path} does not say what net its weights are of: only files of our export do") from None
+    except Exception as error:
+        raise ValueError(f"{path} is no safetensors file of ours: {' '.join(str(error).split())[:200]}") from None
+    return config, our_names(weights, transposed=False), told["data"]
+
+
+# --- export -----------------------------------------------------------------------------------------------------------
+
+
+def export(to: Literal["safetensors", "hf", "onnx"], ckpt_path: str = "best", output: str | None = None) -> None:
+    """Write a checkpoint's net in a form that other programs read.
+
+    Args:
+        to: safetensors, weights and what they are of in one file; hf, a folder that transformers loads as a GPT-2;
+            onnx, a program that maps idx (B, T) to logits (B, T, V).
+        ckpt_path: the checkpoint; best or last is the newest file of that name below checkpoints/.
+        output: file or folder to write; null is gpt.safetensors, gpt_hf or gpt.onnx.
+    """
+    net, tokenizer = checkpoint.load(checkpoint.find(ckpt_path))
+    if not isinstance(net, GPT):
+        raise ValueError(f"the checkpoint {ckpt_path} is a rung of the lecture, which no other program knows")
+    path = Path(output or {"hf": "gpt_hf"}.get(to, f"gpt.{to}"))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    told = json.dumps({"model": asdict(net.config), "data": described(tokenizer)})
+    if to == "safetensors":
+        write_safetensors(net.state_dict(), net.config.tie_embeddings, path, {"lightning_gpt": told})
+    elif to == "hf":
+        to_hugging_face(net, tokenizer, path)
+    else:
+        to_onnx(net, path, told)
+    size = sum(p.numel() for p in net.parameters()) / 1e6
+    print(f"{size:.2f}M parameters of {checkpoint.find(ckpt_path)} in {path}")
+
+
+def write_safetensors(weights: dict[str, Tensor], tied: bool, path: Path, metadata: dict[str, str]) -> None:
+    """Save all tensors in one file, a tied head only once."""
+    need("safetensors", "formats")
+    from safetensors.torch import save_file
+
+    kept = {name: w.contiguous() for name, w in weights.items() if not (tied and name == "lm_head.weight")}
+    save_file(kept, path, {"format": "pt"} | metadata)
+
+
+def to_hugging_face(net: GPT, tokenizer: Tokenizer, folder: Path) -> None:
+    """A folder with config.json, model.safetensors and, where it is ours to give, the tokenizer.
+
+    Raises:
+        ValueError: the net has a setting that GPT-2 does not have; names it.
+    """
+    config = net.config
+    needed = ONLY_IN_OURS | ({"activation": "gelu"} if config.activation not in ACTIVATIONS.values() else {})
+    for setting, value in needed.items():
+        if getattr(config, setting) != value:
+            raise ValueError(
+                f"transformers' GPT-2 has no model.{setting}={getattr(config, setting)}, only {value}: "
+                "export to safetensors or onnx, which take every net"
+            )
+    weights = {}
+    for name, w in net.state_dict().items():
+        weights[gpt2_name(name)] = w.t() if name.endswith(TRANSPOSED) else w
+        bias = name.removesuffix("weight") + "bias"
+        if not config.bias and name.startswith(("h.", "ln_f")):  # GPT-2 has one everywhere; 0 changes nothing
+            weights[gpt2_name(bias)] = w.new_zeros(len(w))
+    activation = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}[config.activation]
+    settings = {theirs: getattr(config, ours) for theirs, ours in SETTINGS.items()}
+    settings |= {"embd_pdrop": config.dropout, "attn_pdrop": config.dropout, "activation_function": activation}
+    end = 50256 if isinstance(tokenizer, GPT2Tokenizer) else None
+    settings |= {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "bos_token_id": end, "eos_token_id": end}
+    settings |= {"dtype": "float32", "lightning_gpt": described(tokenizer)}
+    folder.mkdir(parents=True, exist_ok=True)
+    write_safetensors(weights, config.tie_embeddings, folder / "model.safetensors", {})
+    (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    if isinstance(tokenizer, (CharTokenizer, ByteTokenizer, BPETokenizer)):
+        lib = need("tokenizers", "tokenizers")
+        if isinstance(tokenizer, BPETokenizer):
+            engine = tokenizer.engine
+        elif isinstance(tokenizer, ByteTokenizer):
+            engine = lib.Tokenizer(lib.models.BPE({symbol: byte for byte, symbol in byte_symbols().items()}, []))
+            engine.pre_tokenizer = lib.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+            engine.decoder = lib.decoders.ByteLevel()
+        else:
+            engine = lib.Tokenizer(lib.models.BPE({c: i for i, c in enumerate(tokenizer.vocabulary)}, []))
+            engine.decoder = lib.decoders.Fuse()
+        engine.save(str(folder / "tokenizer.json"))
+        how = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+        (folder / "tokenizer_config.json").write_text(json.dumps(how, indent=2) + "\n")
+
+
+def to_onnx(net: GPT, path: Path, told: str) -> None:
+    """One .onnx file by torch's exporter, B and T free, T up to block_size; beyond 2 GB the weights lie beside it."""
+    need("onnx", "formats")
+    need("onnxscript", "formats")
+    T = net.config.block_size
+    example = torch.zeros(2, min(T, 4), dtype=torch.int64)
+    free = {0: torch.export.Dim("B", max=2**16), **({1: torch.export.Dim("T", min=2, max=T)} if T > 4 else {})}
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        done = torch.onnx.export(
+            net,
+            (example,),
+            dynamo=True,
+            verbose=False,
+            dynamic_shapes={"idx": free},
+            input_names=["idx"],
+            output_names=["logits"],
+        )
+    assert done is not None
+    done.model.metadata_props["lightning_gpt"] = told
+    done.save(str(path), external_data=sum(p.numel() * 4 for p in net.parameters()) > 1.9e9)

@@ -1,0 +1,323 @@
+"""Weights from elsewhere and to elsewhere are the same function, to rounding; and come back to the bit."""
+
+import json
+import math
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import MODERN, TINY, T, V, loud
+
+from lightning_gpt import checkpoint
+from lightning_gpt.formats import described
+from lightning_gpt.main import main
+from lightning_gpt.model import GPT, GPTConfig
+from lightning_gpt.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, TokenIds
+
+SIZES = dict(n_layer=3, n_head=2, n_embd=16, dropout=0.1)
+MERGES = "t h\nth e\nĠ the\nÃ ¯"
+
+
+def hugging_face(folder, **how):
+    """A small random GPT-2 in a folder."""
+    transformers = pytest.importorskip("transformers")
+    sizes = dict(vocab_size=V, n_positions=T, n_embd=16, n_layer=3, n_head=2, bos_token_id=None, eos_token_id=None)
+    net = transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes | how)).eval()
+    torch.manual_seed(0)
+    for p in net.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    net.save_pretrained(folder)
+    return net
+
+
+def save(path, tokenizer, **how):
+    """A checkpoint of a loud random net."""
+    net = loud(GPT(GPTConfig(len(tokenizer), T, **SIZES | how))).float()
+    saved = {"hyper_parameters": net.config.__dict__ | {"seed": 1}, "datamodule_hyper_parameters": described(tokenizer)}
+    saved["pytorch-lightning_version"] = "2.6.6"
+    checkpoint.write(saved | {"state_dict": {f"net.{k}": w for k, w in net.state_dict().items()}}, path)
+    return net
+
+
+def same(one, other):
+    one, other = checkpoint.read(one), checkpoint.read(other)
+    assert one["datamodule_hyper_parameters"] == other["datamodule_hyper_parameters"]
+    assert one["state_dict"].keys() == other["state_dict"].keys()
+    return all(torch.equal(w, other["state_dict"][name]) for name, w in one["state_dict"].items())
+
+
+# --- Hugging Face -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "how",
+    [{}, {"activation_function": "gelu"}, {"activation_function": "relu", "tie_word_embeddings": False}],
+    ids=["as GPT-2", "gelu", "relu, untied"],
+)
+def test_a_gpt2_of_hugging_faces_has_the_same_logits_here_and_returns_to_the_bit(tmp_path, idx, how):
+    theirs = hugging_face(tmp_path / "hf", **how)
+    main(["import", "--from", f"hf:{tmp_path}/hf", "--output", f"{tmp_path}/one.ckpt"])
+    net, _ = checkpoint.load(tmp_path / "one.ckpt")
+    torch.testing.assert_close(net(idx), theirs(idx).logits, rtol=0, atol=1e-5)
+    torch.testing.assert_close(net.double()(idx), theirs.double()(idx).logits, rtol=0, atol=1e-10)
+    assert net.config.tie_embeddings == how.get("tie_word_embeddings", True)
+
+    main(["export", "--to=hf", f"--ckpt_path={tmp_path}/one.ckpt", f"--output={tmp_path}/back"])
+    main(["import", f"--from=hf:{tmp_path}/back", f"--output={tmp_path}/two.ckpt"])
+    assert same(tmp_path / "one.ckpt", tmp_path / "two.ckpt")
+
+
+@pytest.mark.parametrize("how", [{}, {"bias": False, "tie_embeddings": True, "activation": "gelu_tanh"}], ids=str)
+def test_what_is_exported_has_the_same_logits_in_transformers(tmp_path, idx, how):
+    transformers = pytest.importorskip("transformers")
+    net = save(tmp_path / "one.ckpt", CharTokenizer("abcdefghijklmnopq"), **how)
+    main(["export", "--to=hf", f"--ckpt_path={tmp_path}/one.ckpt", f"--output={tmp_path}/hf"])
+    theirs, told = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", output_loading_info=True)
+    assert not told["missing_keys"] and not told["unexpected_keys"]
+    torch.testing.assert_close(theirs(idx).logits, net(idx), rtol=0, atol=1e-5)
+    torch.testing.assert_close(theirs.double()(idx).logits, net.double()(idx), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize(
+    "tokenizer", [CharTokenizer("\n aehlopt,ï"), ByteTokenizer(), BPETokenizer(MERGES)], ids=["char", "byte", "bpe"]
+)
+def test_the_tokenizer_goes_along_and_comes_back(tmp_path, tokenizer):
+    transformers = pytest.importorskip("transformers")
+    save(tmp_path / "one.ckpt", tokenizer)
+    main(["export", "--to=hf", f"--ckpt_path={tmp_path}/one.ckpt", f"--output={tmp_path}/hf"])
+    theirs, text = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf"), "the pale, the  other\n\nhotel ï"
+    text = text.replace("r", "")
+    assert theirs(text)["input_ids"] == tokenizer.encode(text).tolist()
+    assert theirs.decode(theirs(text)["input_ids"]) == text
+    main(["import", f"--from=hf:{tmp_path}/hf", f"--output={tmp_path}/two.ckpt"])
+    assert same(tmp_path / "one.ckpt", tmp_path / "two.ckpt")
+
+
+@pytest.mark.parametrize("form", ["merges.txt", "tokenizer.json"])
+def test_byte_pairs_in_a_folder_are_taken_along(tmp_path, form):
+    tokenizer = BPETokenizer(MERGES)
+    hugging_face(tmp_path, vocab_size=len(tokenizer) + 1)  # GPT-2 has one more too, which ends a text
+    if form == "merges.txt":
+        (tmp_path / form).write_text("#version: 0.2\n" + MERGES + "\n")
+        (tmp_path / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokenizer.tokens)}))
+    else:
+        tokenizer.engine.save(str(tmp_path / form))
+    main(["import", f"--from=hf:{tmp_path}", f"--output={tmp_path}/one.ckpt"])
+    net, ours = checkpoint.load(tmp_path / "one.ckpt")
+    assert ours.vocabulary == MERGES and len(ours) == net.config.vocab_size == len(tokenizer) + 1
+
+
+@pytest.mark.parametrize(
+    "how, message",
+    [
+        ({"activation_function": "silu"}, "activation_function=silu"),
+        ({"n_inner": 40}, "n_inner=40, and our MLP is 4 * n_embd=64 wide"),
+        ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx=True"),
+    ],
+)
+def test_a_gpt2_that_our_block_can_not_be_is_refused(tmp_path, fails, how, message):
+    hugging_face(tmp_path, **how)
+    assert message in fails("import", f"--from=hf:{tmp_path}", f"--output={tmp_path}/one.ckpt")
+
+
+def test_folders_that_hold_no_gpt2_are_refused(tmp_path, fails):
+    ask = ["import", f"--output={tmp_path}/one.ckpt", "--from"]
+    hugging_face(tmp_path / "gpt2")
+    assert "no folder with a config.json" in fails(*ask, f"hf:{tmp_path}")
+    assert "does not exist" in fails(*ask, f"hf:{tmp_path}/none")
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    assert "is a llama, and only the GPT-2 family" in fails(*ask, f"hf:{tmp_path}")
+    (tmp_path / "config.json").write_text((tmp_path / "gpt2" / "config.json").read_text())
+    assert "can't be read" in fails(*ask, f"hf:{tmp_path}")
+    config = json.loads((tmp_path / "config.json").read_text()) | {"n_layer": 4}
+    (tmp_path / "gpt2" / "config.json").write_text(json.dumps(config))
+    assert "lacks weights: transformer.h.3" in fails(*ask, f"hf:{tmp_path}/gpt2")
+    assert "take hf:FOLDER, nanogpt:FILE" in fails(*ask, "keras:x")
+
+
+def test_a_hub_that_can_not_be_reached_is_said(tmp_path, fails, monkeypatch):
+    pytest.importorskip("transformers")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    told = fails("import", "--from=gpt2-medium", f"--output={tmp_path}/one.ckpt")
+    assert "gpt2-medium is no folder here, and the Hugging Face hub could not be reached" in told
+
+
+@pytest.mark.parametrize(
+    "how, message",
+    [
+        ({"position": "rotary"}, "model.position=rotary, only learned"),
+        ({"activation": "swiglu"}, "model.activation=swiglu, only gelu"),
+        ({"ngram": 2, "ngram_rows": 5}, "model.ngram=2, only 1"),
+        ({"logit_cap": 5.0}, "model.logit_cap=5.0"),
+        ({"norm": "rms"}, "model.norm=rms"),
+        ({"qk_norm": True}, "model.qk_norm=True"),
+    ],
+)
+def test_a_net_that_gpt2_can_not_be_is_not_exported_as_one(tmp_path, fails, how, message):
+    save(tmp_path / "one.ckpt", TokenIds(V), **how)
+    told = fails("export", "--to=hf", f"--ckpt_path={tmp_path}/one.ckpt", f"--output={tmp_path}/hf")
+    assert message in told and "safetensors or onnx" in told and not (tmp_path / "hf").exists()
+
+
+# --- safetensors and ONNX ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", [{"tie_embeddings": True}, MODERN], ids=["tied", "modern"])
+def test_a_safetensors_file_comes_back_to_the_bit_with_its_vocabulary(tmp_path, how):
+    pytest.importorskip("safetensors")
+    save(tmp_path / "one.ckpt", CharTokenizer("the cat", "replace"), **how)
+    main(["export", "--to=safetensors", f"--ckpt_path={tmp_path}/one.ckpt", f"--output={tmp_path}/x.safetensors"])
+    main(["import", f"--from=safetensors:{tmp_path}/x.safetensors", f"--output={tmp_path}/two.ckpt"])
+    assert same(tmp_path / "one.ckpt", tmp_path / "two.ckpt")
+
+
+def test_a_foreign_or_damaged_safetensors_file_is_refused(tmp_path, fails):
+    save_file = pytest.importorskip("safetensors.torch").save_file
+    save_file({"a": torch.zeros(2)}, tmp_path / "foreign")
+    (tmp_path / "text").write_text("hello")
+    ask = ["import", f"--output={tmp_path}/one.ckpt", "--from"]
+    assert "does not say what net" in fails(*ask, f"safetensors:{tmp_path}/foreign")
+    assert "is no safetensors file" in fails(*ask, f"safetensors:{tmp_path}/text")
+    assert "does not exist" in fails(*ask, f"safetensors:{tmp_path}/none")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [{"tie_embeddings": True}, MODERN], ids=["tied", "modern"])
+def test_an_onnx_program_has_the_same_logits_at_any_length(tmp_path, how):
+    runtime, onnx = pytest.importorskip("onnxruntime"), pytest.importorskip("onnx")
+    net = save(tmp_path / "one.ckpt", TokenIds(V), **how)
+    main(["export", "--to=onnx", f"--ckpt_path={tmp_path}/one.ckpt", f"--output={tmp_path}/x.onnx"])
+    program = runtime.InferenceSession(tmp_path / "x.onnx")
+    for B, length in (2, T), (1, 1), (3, 5):
+        idx = torch.randint(V, (B, length))
+        (logits,) = program.run(None, {"idx": idx.numpy()})
+        torch.testing.assert_close(torch.from_numpy(logits), net(idx), rtol=0, atol=1e-5)
+    told = {entry.key: entry.value for entry in onnx.load(tmp_path / "x.onnx").metadata_props}
+    assert json.loads(told["lightning_gpt"])["model"]["n_embd"] == 16
+
+
+# --- nanoGPT ----------------------------------------------------------------------------------------------------------
+
+
+def nanogpt(folder, vocab_size, bias, **more):
+    """A ckpt.pt as nanoGPT's train.py saves it: compiled, with optimizer and settings; and the net that it is."""
+    config = GPTConfig(vocab_size, T, **SIZES, bias=bias, tie_embeddings=True)
+    net = loud(GPT(config)).float()
+    weights = {
+        "_orig_mod." + ("" if k == "lm_head.weight" else "transformer.") + k: w for k, w in net.state_dict().items()
+    }
+    weights["_orig_mod.transformer.h.0.attn.bias"] = torch.ones(1, 1, T, T)  # the mask that old ones hold
+    args = dict(n_layer=3, n_head=2, n_embd=16, block_size=T, bias=bias, vocab_size=vocab_size, dropout=0.1)
+    saved = {
+        "model": weights,
+        "optimizer": {"state": {}},
+        "model_args": args,
+        "iter_num": 7,
+        "config": {"dataset": "x"},
+    }
+    torch.save(saved | {"best_val_loss": torch.tensor(1.0)} | more, folder / "ckpt.pt")
+    return net
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_nanogpts_characters_have_the_same_logits_here(tmp_path, idx, bias):
+    theirs = nanogpt(tmp_path, V, bias)
+    vocabulary = "zyxw\n vutsrqponml"  # in no order
+    meta = {"vocab_size": V, "itos": dict(enumerate(vocabulary)), "stoi": {c: i for i, c in enumerate(vocabulary)}}
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps(meta))
+    main(["import", f"--from=nanogpt:{tmp_path}/ckpt.pt", f"--output={tmp_path}/one.ckpt"])
+    net, tokenizer = checkpoint.load(tmp_path / "one.ckpt")
+    assert torch.equal(net(idx), theirs(idx)) and tokenizer.decode(torch.arange(V)) == vocabulary
+    main(["generate", f"--ckpt_path={tmp_path}/one.ckpt", "--max_new_tokens=20"])
+
+
+def test_nanogpts_ids_without_characters_are_numbers_or_gpt2s(tmp_path):
+    for vocab_size, kind in (V, "ids"), (50304, "gpt2"):
+        nanogpt(tmp_path, vocab_size, bias=True)
+        main(["import", f"--from=nanogpt:{tmp_path}/ckpt.pt", f"--output={tmp_path}/one.ckpt"])
+        assert checkpoint.read(tmp_path / "one.ckpt")["datamodule_hyper_parameters"]["tokenizer"] == kind
+        assert len(checkpoint.load(tmp_path / "one.ckpt")[1]) == vocab_size
+
+
+class Bomb:
+    def __reduce__(self):
+        return (Path.write_text, (Path("bomb"), "it ran"))
+
+
+def test_code_in_nanogpts_files_does_not_run(tmp_path, fails, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    ask = ["import", "--from=nanogpt:ckpt.pt", "--output=one.ckpt"]
+    nanogpt(tmp_path, V, bias=True)
+    for content in {"itos": Bomb()}, [Bomb()], {"itos": {0: "long"}}, {"itos": 3}:
+        (tmp_path / "meta.pkl").write_bytes(pickle.dumps(content))
+        assert "meta.pkl is no meta.pkl of nanoGPT's" in fails(*ask)
+    (tmp_path / "meta.pkl").write_bytes(pickle.dumps({"itos": {0: "a", 1: "b"}}))
+    assert "17 token ids, and its vocabulary has 2" in fails(*ask)
+    nanogpt(tmp_path, V, bias=True, config=Bomb())
+    assert "no checkpoint of nanoGPT's that can be read as plain data" in fails(*ask)
+    assert not (tmp_path / "bomb").exists() and not (tmp_path / "one.ckpt").exists()
+    torch.save({"weights": 1}, "ckpt.pt")
+    assert "no checkpoint of nanoGPT's" in fails(*ask)
+    Path("ckpt.pt").unlink()
+    assert "does not exist" in fails(*ask)
+
+
+# --- what an imported checkpoint is good for --------------------------------------------------------------------------
+
+
+def test_imported_weights_speak_are_validated_and_fine_tuned(tmp_path, text_file, capsys, fails):
+    save(tmp_path / "one.ckpt", CharTokenizer(text_file.read_text()))
+    main(["export", "--to=hf", f"--ckpt_path={tmp_path}/one.ckpt", f"--output={tmp_path}/hf"])
+    first = tmp_path / "two.ckpt"
+    main(["import", f"--from=hf:{tmp_path}/hf", f"--output={first}"])
+    data = f"--data.corpus={text_file}"
+    main(["validate", f"--ckpt_path={first}", data, "--trainer.accelerator=cpu"])
+    assert "val/bpc" in capsys.readouterr().out
+    small = ["--trainer.max_steps=3", "--trainer.accelerator=cpu", "--sample.length=0"]
+    main(
+        [
+            "fit",
+            "--config=finetune",
+            f"--model.init_from={first}",
+            data,
+            *small,
+            f"--trainer.default_root_dir={tmp_path}",
+        ]
+    )
+    saved = checkpoint.read(next(tmp_path.rglob("last.ckpt")))
+    assert saved["global_step"] == 3 and saved["hyper_parameters"]["n_layer"] == 3
+    assert "weights and no run to go on with" in fails("fit", f"--ckpt_path={first}", data)
+
+
+def test_bits_per_character_are_the_texts_whatever_the_tokens(tmp_path, capsys):
+    text = "naïve café, 日本語\n" * 60
+    (tmp_path / "text").write_text(text)
+    figures = {}
+    for name, tokenizer in {"byte": ByteTokenizer(), "bpe": BPETokenizer(MERGES)}.items():
+        save(tmp_path / "one.ckpt", tokenizer)
+        main(
+            [
+                "validate",
+                f"--ckpt_path={tmp_path}/one.ckpt",
+                f"--data.corpus={tmp_path}/text",
+                "--trainer.accelerator=cpu",
+            ]
+        )
+        out = capsys.readouterr().out
+        figures[name] = {key: float(out.split(key)[1].split()[1]) for key in ("val/bpc", "val/loss")}
+        part = text[int(0.9 * len(text)) :]
+        ids = tokenizer.encode(part)
+        begun = len(part) - len(tokenizer.decode(ids[:1]))  # all but the first token are predicted
+        bits = figures[name]["val/loss"] * (len(ids) - 1) / math.log(2)
+        assert figures[name]["val/bpc"] == pytest.approx(bits / begun, rel=1e-5)
+
+
+def test_token_files_have_bits_per_character_only_where_their_tokenizer_is_named(token_files, tmp_path, capsys):
+    data = [f"--data.tokens={token_files}", "--data.token_kinds=300", f"--trainer.default_root_dir={tmp_path}"]
+    for more, known in ([], False), (["--data.tokenizer=byte"], True):
+        main(["fit", *TINY, *data, *more])
+        main(["validate", f"--ckpt_path={sorted(tmp_path.rglob('last.ckpt'))[-1]}"])
+        assert ("val/bpc" in capsys.readouterr().out) == known
