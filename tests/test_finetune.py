@@ -1,0 +1,158 @@
+"""Fine-tuning: a run of its own that starts from other weights."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY
+
+from lightning_gpt import checkpoint
+from lightning_gpt.generation import generate
+from lightning_gpt.main import main
+from lightning_gpt.tokenizer import ByteTokenizer, CharTokenizer
+
+SHAPE = ["--model.ngram=3", "--model.ngram_rows=50", "--model.n_layer=2", "--model.position=rotary", "--model.norm=rms"]
+RECIPE = ["--model.optimizer=muon", "--model.ema_decay=0.5"]
+SMALL = ["--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.strategy=auto", "--sample.length=10"]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory, text_file):
+    """The last checkpoint of a run with an average, n-grams and Muon; sizes unlike the defaults in all."""
+    root = tmp_path_factory.mktemp("base")
+    fit(root, text_file, *TINY, *SHAPE, *RECIPE)
+    return root / "tiny" / "version_0" / "checkpoints" / "last.ckpt"
+
+
+@pytest.fixture
+def play(tmp_path, text_file):
+    """Another text of the same characters."""
+    (tmp_path / "play.txt").write_text(text_file.read_text()[::-1])
+    return tmp_path / "play.txt"
+
+
+def fit(root, corpus, *flags):
+    main(["fit", *map(str, flags), f"--data.corpus={corpus}", f"--trainer.default_root_dir={root}"])
+
+
+def tune(root, base, corpus, *flags):
+    """Fine-tune for four steps; the last checkpoint, read."""
+    few = ["--trainer.max_steps=4", "--trainer.val_check_interval=2", "--model.min_lr_ratio=1"]
+    fit(root, corpus, "--config=finetune", *SMALL, *few, f"--model.init_from={base}", *flags)
+    return checkpoint.read(Path(root) / "finetune" / "version_0" / "checkpoints" / "last.ckpt")
+
+
+def weights(saved, prefix):
+    return {k.removeprefix(prefix): w for k, w in saved["state_dict"].items() if k.startswith(prefix)}
+
+
+def test_it_starts_from_the_average_with_the_checkpoints_sizes_and_vocabulary(tmp_path, base, play):
+    start = checkpoint.read(base)
+    tuned = tune(tmp_path, base, play, "--model.learning_rate=0", "--model.ema_decay=0.9")
+    for prefix in "net.", "average.":
+        now, then = weights(tuned, prefix), weights(start, "average.")
+        assert now.keys() == then.keys() and all(torch.equal(now[name], then[name]) for name in now)
+    assert not torch.equal(start["state_dict"]["net.wte.weight"], start["state_dict"]["average.wte.weight"])
+    assert tuned["datamodule_hyper_parameters"]["vocabulary"] == start["datamodule_hyper_parameters"]["vocabulary"]
+    assert tuned["global_step"] == 4 and tuned["hyper_parameters"]["n_layer"] == 2
+
+
+def test_a_resumed_fine_tuning_is_bitwise_the_unbroken_one_and_needs_no_first_checkpoint(tmp_path, base, play):
+    how = ["--model.freeze=1", *RECIPE]
+    copy = shutil.copy(base, tmp_path / "start.ckpt")
+    tune(tmp_path / "a", copy, play, *how)
+    Path(copy).unlink()
+    last = tmp_path / "a" / "finetune" / "version_0" / "checkpoints" / "last.ckpt"
+    main(["fit", f"--ckpt_path={last}", "--trainer.max_steps=7", f"--trainer.default_root_dir={tmp_path}/a"])
+    unbroken, resumed = tune(tmp_path / "b", base, play, *how, "--trainer.max_steps=7"), checkpoint.read(last)
+    assert resumed["global_step"] == unbroken["global_step"] == 7
+    for name, w in unbroken["state_dict"].items():
+        assert torch.equal(resumed["state_dict"][name], w), name
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_frozen_layers_stay_and_the_others_learn(tmp_path, base, play, optimizer):
+    start = weights(checkpoint.read(base), "average.")
+    tuned = weights(tune(tmp_path, base, play, "--model.freeze=1", f"--model.optimizer={optimizer}"), "net.")
+    for name, w in tuned.items():
+        assert torch.equal(w, start[name]) == name.startswith(("w", "h.0.")), name
+
+
+def test_a_vocabulary_that_is_extended_leaves_the_old_texts_alone(tmp_path, base, play):
+    text = "Zoë sat on a mat\n" * 30
+    play.write_text(text + play.read_text())
+    tune(tmp_path, base, play, "--data.unknown=extend", "--model.learning_rate=0")
+    last = tmp_path / "finetune" / "version_0" / "checkpoints" / "last.ckpt"
+    (old_net, old), (net, new) = checkpoint.load(base), checkpoint.load(last)
+    assert new.vocabulary == old.vocabulary + "Zë"
+    idx = old.encode("the cat")[None]
+    assert torch.equal(net(idx)[..., : len(old)], old_net(idx))
+    assert torch.equal(new.encode("the cat"), old.encode("the cat"))
+    assert new.decode(generate(net, new.encode("Zoë")[None], 5))[:3] == "Zoë"
+    main(["validate", f"--ckpt_path={last}"])
+
+
+def test_a_shorter_context_takes_the_first_positions(tmp_path, text_file, play):
+    fit(tmp_path, text_file, *TINY)
+    first = tmp_path / "tiny" / "version_0" / "checkpoints" / "last.ckpt"
+    tuned = tune(tmp_path, first, play, "--model.block_size=7", "--model.learning_rate=0")
+    before = checkpoint.read(first)["state_dict"]["net.wpe.weight"]
+    assert torch.equal(tuned["state_dict"]["net.wpe.weight"], before[:7]) and len(before) == 16
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--model.n_layer=3"], "model.n_layer=3 contradicts the checkpoint"),
+        (["--model.block_size=99"], "model.block_size=99 contradicts"),
+        (["--data.tokenizer=byte"], "data.tokenizer=byte contradicts"),
+        (["--data.vocabulary=abc"], "data.vocabulary=abc contradicts"),
+        (["--model.freeze=3"], "freeze=3 must be 0 or more, and 2 at most"),
+        (["--model.init_from=nowhere.ckpt"], "nowhere.ckpt does not exist"),
+    ],
+)
+def test_what_does_not_fit_the_checkpoint_is_refused(tmp_path, base, play, fails, flags, message):
+    where = [f"--data.corpus={play}", f"--trainer.default_root_dir={tmp_path}/run"]
+    assert message in fails("fit", "--config=finetune", *SMALL, f"--model.init_from={base}", *where, *flags)
+
+
+def test_unknown_characters_are_named_and_frozen_embeddings_can_not_learn_them(tmp_path, base, play, fails):
+    play.write_text("Zoë\n" * 300)
+    ask = ["fit", "--config=finetune", *SMALL, f"--model.init_from={base}", f"--data.corpus={play}"]
+    ask += [f"--trainer.default_root_dir={tmp_path}/run"]
+    assert "'Zë'" in fails(*ask)
+    assert "'Zë'" in fails(*ask, "--data.unknown=extend", "--model.freeze=1")
+
+
+def test_a_vocabulary_is_not_extended_when_a_run_goes_on_or_is_validated(base, fails):
+    for command in "fit", "validate":
+        assert "would change the vocabulary" in fails(command, f"--ckpt_path={base}", "--data.unknown=extend")
+
+
+def test_weights_of_another_tokenizer_or_shape_are_refused_with_both_named(base):
+    net, tokenizer = checkpoint.load(base)
+    fresh = net.state_dict()
+    with pytest.raises(ValueError, match=f"{len(tokenizer)} tokens of its CharTokenizer.* 256 of a ByteTokenizer"):
+        checkpoint.weights_for(base, fresh, ByteTokenizer())
+    with pytest.raises(ValueError, match="which lack"):
+        checkpoint.weights_for(base, fresh, CharTokenizer(tokenizer.vocabulary[1:]))
+    with pytest.raises(ValueError, match=r"h.0.attn.c_proj.weight is \(16, 16\) in it and \(9, 16\) here"):
+        checkpoint.weights_for(base, fresh | {"h.0.attn.c_proj.weight": torch.zeros(9, 16)}, tokenizer)
+    with pytest.raises(ValueError, match="wpe.weight is not there in it"):
+        checkpoint.weights_for(base, fresh | {"wpe.weight": torch.zeros(9, 16)}, tokenizer)
+
+
+def test_a_checkpoint_that_is_older_than_these_settings_goes_on_and_is_started_from(tmp_path, text_file, play):
+    fit(tmp_path, text_file, *TINY)
+    last = tmp_path / "tiny" / "version_0" / "checkpoints" / "last.ckpt"
+    saved = checkpoint.read(last)
+    for part in "hyper_parameters", "datamodule_hyper_parameters":
+        for name in "tokenizer", "unknown", "init_from", "freeze":
+            saved[part].pop(name, None)
+    saved["config"] = "\n".join(line for line in saved["config"].splitlines() if "unknown:" not in line)
+    checkpoint.write(saved, last)
+    tune(tmp_path, last, play)
+    main(["validate", f"--ckpt_path={last}"])
+    main(["fit", f"--ckpt_path={last}", "--trainer.max_steps=7", f"--trainer.default_root_dir={tmp_path}"])
+    assert checkpoint.read(last)["global_step"] == 7  # in its own folder
