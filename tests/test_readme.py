@@ -19,9 +19,15 @@ OURS = [line for line in COMMANDS if line.startswith("lightning-gpt ")]
 @pytest.mark.parametrize("line", OURS)
 def test_every_command_runs(line, run, text_file, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    shutil.copytree(run, tmp_path / "checkpoints" / "laptop" / "version_0")
-    (tmp_path / "my_text.txt").write_text(text_file.read_text())
+    for name in "laptop", "five":
+        shutil.copytree(run, tmp_path / "checkpoints" / name / "version_0")
+    for name in "my_text.txt", "five_plays.txt", "winters_tale.txt", "plays/one.txt", "letters/one.md":
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text_file.read_text())
+    shutil.copy(run / "checkpoints" / "best.ckpt", "imported.ckpt")
     args = shlex.split(line)[1:]
+    if args[0] == "import":
+        main(shlex.split(OURS[OURS.index(line) - 1])[1:])  # the line before makes what this one takes
     args = [arg.replace("ROMEO:", "the") for arg in args]  # the short run speaks of cats
     if args[0] == "fit":
         small = ["--trainer.max_steps=7"] if "--ckpt_path" in args or "lecture/" in line else TINY
