@@ -1,6 +1,7 @@
 """What is looked at while it trains, and afterwards: true, complete, and without a trace in what is trained."""
 
 import base64
+import json
 import math
 import re
 import shutil
@@ -290,3 +291,18 @@ def test_the_newest_run_is_reported_where_none_is_named(watched, tmp_path, monke
     monkeypatch.chdir(tmp_path)
     main(["report"])
     assert re.search(r"checkpoints/tiny/version_3/report/report.html", capsys.readouterr().out)
+
+
+def test_prompts_with_as_many_characters_may_have_other_numbers_of_tokens(tmp_path, text_file):
+    pytest.importorskip("tokenizers")
+    corpus = text_file.read_text()
+    prompts = [corpus[:12], "zqzqzqzqzqzq"]
+    how = [f"--data.corpus={text_file}", f"--trainer.default_root_dir={tmp_path}", "--data.tokenizer=bpe"]
+    main(["fit", *TINY, *how, "--data.token_kinds=300", f"--sample.prompts={json.dumps(prompts)}"])
+    _, board = scalars(tmp_path / "tiny" / "version_0")
+    texts = [
+        board.Tensors(tag)[-1].tensor_proto.string_val[0].decode()
+        for tag in board.Tags()["tensors"]
+        if "samples/" in tag
+    ]
+    assert len(texts) == 2 and all(any(prompt in text for text in texts) for prompt in prompts)
