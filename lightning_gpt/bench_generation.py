@@ -4,15 +4,16 @@
 
 Same weights (random ones), same process, in turns. "recomputing" is the loop of nanoGPT's sample.py: a forward of the
 newest block_size tokens for each token, on CUDA with float32 weights under bfloat16 autocast; its mean time at lengths
-spread evenly over the text. "ours" writes the whole text, from the call to the last character on the host, in bfloat16
-on CUDA. Both begin with a new line. Within a block the two give the same text; beyond it our context moves on by half
-a block whenever it is full, see `generation.stream`.
+spread evenly over the text. "ours" writes the whole text, from the call to the last character on the host, on CUDA in
+bfloat16, on a CPU in float32 and then in float16. Both begin with a new line. Within a block the two give the same
+text; beyond it our context moves on by half a block whenever it is full, see `generation.stream`.
 """
 
 import json as json_format
 import sys
 import time
 from contextlib import nullcontext
+from copy import deepcopy
 from typing import Any
 
 import jsonargparse
@@ -74,7 +75,7 @@ def bench(nets: list[str] | None = None, compile: bool = True, json: bool = Fals
     where = torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads"
     if not json:
         print(f"{where}: characters a second\n{'':28}{'':>16}{'recomputing':>12}{'ours':>19}", end="")
-        print(f"{'compiled':>19}" if gpu and compile else "")
+        print(f"{'compiled':>19}" if gpu and compile else "" if gpu else f"{'float16':>19}")
     for each in nets or (GPU if gpu else CPU):
         name, _, batch_size = each.rpartition(" x ")
         if name not in SHAPES or not batch_size.isdecimal() or batch_size == "0":
@@ -98,9 +99,11 @@ def bench(nets: list[str] | None = None, compile: bool = True, json: bool = Fals
             if gpu and compile:
                 seconds, first = writing(fast, B, n, compile=True)
                 row |= {"compiled": B * n / seconds, "first_compiled_call_s": first}
+            if not gpu:
+                row["float16"] = B * n / writing(deepcopy(fast).half(), B, n)[0]
             rows.append(row)
             if not json:
-                faster = [row[key] for key in ("ours", "compiled") if key in row]
+                faster = [row[key] for key in ("ours", "compiled", "float16") if key in row]
                 cells = [f"{speed:12,.0f}{speed / row['recomputing']:6.1f}x" for speed in faster]
                 print(f"{each:28}{what:>16}{row['recomputing']:12,.0f}" + "".join(cells), flush=True)
     if json:

@@ -15,10 +15,10 @@ from conftest import loud
 
 import lightning_gpt
 from lightning_gpt import checkpoint, text
-from lightning_gpt.data import EveryWindow
+from lightning_gpt.data import TINY_SHAKESPEARE, EveryWindow
 from lightning_gpt.main import main
 from lightning_gpt.model import GPT, GPTConfig
-from lightning_gpt.text import Text, generate, load, score, spelled, stream, write
+from lightning_gpt.text import SHIPPED, Text, generate, load, score, spelled, stream, write
 from lightning_gpt.tokenizer import CharTokenizer
 
 KNOWN = CharTokenizer("\n abcdefgh")
@@ -218,3 +218,10 @@ def test_ctrl_c_ends_with_what_there_is(ckpt, tmp_path):
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130 and err == b"" and out.endswith(b"\n")
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_half_precision_finds_a_text_as_likely(precision):
+    speech = TINY_SHAKESPEARE.read_text()[-3000:]
+    exact, half = (score(*load(SHIPPED, "cpu", which), speech) for which in ("float32", precision))
+    assert half != exact and half.nats_per_token == pytest.approx(exact.nats_per_token, abs=3e-3)
