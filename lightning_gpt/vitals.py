@@ -81,10 +81,9 @@ class Vitals(L.Callback):
         return {name: (p.to_local() if isinstance(p, DTensor) else p).detach() for name, p in lm.net.named_parameters()}
 
     def on_train_batch_start(self, trainer: L.Trainer, lm: L.LightningModule, batch, batch_idx: int) -> None:
-        every = trainer.log_every_n_steps
-        ends = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-        if trainer.loggers and ends and every > 0 and (trainer.global_step + 1) % every == 0:
-            self.before = [w.clone() for w in self.weights(cast(LanguageModel, lm)).values()]
+        model, ends = cast(LanguageModel, lm), (batch_idx + 1) % trainer.accumulate_grad_batches == 0
+        if trainer.loggers and ends and model.logs(trainer.global_step + 1):
+            self.before = [w.clone() for w in self.weights(model).values()]
 
     @torch.no_grad()
     def on_train_batch_end(self, trainer: L.Trainer, lm: L.LightningModule, outputs, batch, batch_idx: int) -> None:
@@ -114,8 +113,7 @@ class Vitals(L.Callback):
             self.train_loss = float(trainer.strategy.reduce(loss))
 
     def on_step_done(self, trainer: L.Trainer) -> None:
-        every = trainer.log_every_n_steps
-        if every > 0 and trainer.global_step % every == 0:
+        if cast(LanguageModel, trainer.lightning_module).logs(trainer.global_step):
             self.remember_train_loss(trainer)  # before the checkpoint of this step: a resumed run's gap needs it
 
     def on_validation_epoch_end(self, trainer: L.Trainer, lm: L.LightningModule) -> None:

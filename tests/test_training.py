@@ -70,14 +70,15 @@ def test_resumed_run_is_bitwise_the_unbroken_run(tmp_path, accumulate, model):
     assert all(torch.equal(resumed[name], unbroken[name]) for name in unbroken)
 
 
-def test_the_logged_loss_is_that_of_all_batches_of_the_step(tmp_path):
+@pytest.mark.parametrize("every", [1, 50])
+def test_the_logged_loss_is_that_of_all_batches_of_the_last_step(tmp_path, every):
     losses = []
 
     class Watch(L.Callback):
         def on_train_batch_start(self, trainer, lm, batch, batch_idx):
             losses.append(next_token_loss(lm.net, *batch).item())
 
-    how = dict(accumulate_grad_batches=3, log_every_n_steps=1, model=dict(dropout=0.0))
+    how = dict(accumulate_grad_batches=3, log_every_n_steps=every, model=dict(dropout=0.0))
     *_, trainer = fit(tmp_path, 2, callbacks=[Watch()], **how)
     assert trainer.callback_metrics["train/loss"].item() == pytest.approx(sum(losses[3:]) / 3, rel=1e-6)
 
