@@ -53,29 +53,28 @@ def recomputing(net: GPT, batch_size: int, n: int) -> float:
     return min(times[1:]) / len(lengths) * n
 
 
-def writing(net: GPT, batch_size: int, n: int, compile: bool = False) -> tuple[float, float]:
+def writing(net: GPT, batch_size: int, n: int) -> tuple[float, float]:
     """Seconds for n tokens with the cache, and for the first call."""
     idx, times = torch.zeros(batch_size, 1, dtype=torch.long, device=net.wte.weight.device), []
     for _ in range(3):
         since = time.perf_counter()
-        generate(net, idx, n, stride=net.config.block_size // 2, compile=compile, **HOW).cpu()
+        generate(net, idx, n, stride=net.config.block_size // 2, **HOW).cpu()
         times.append(time.perf_counter() - since)
     return min(times[1:]), times[0]
 
 
-def bench(nets: list[str] | None = None, compile: bool = True, json: bool = False) -> None:
+def bench(nets: list[str] | None = None, json: bool = False) -> None:
     """Print how many characters a second are written here, beside recomputing the context for each.
 
     Args:
         nets: what to measure, "NAME x BATCH_SIZE" with the names above; null takes what fits this machine.
-        compile: on CUDA, measure compiled steps too; compiling takes minutes.
         json: print JSON instead of a table.
     """
     gpu, rows = torch.cuda.is_available(), []
     where = torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads"
     if not json:
         print(f"{where}: characters a second\n{'':28}{'':>16}{'recomputing':>12}{'ours':>19}", end="")
-        print(f"{'compiled':>19}" if gpu and compile else "" if gpu else f"{'float16':>19}")
+        print("" if gpu else f"{'float16':>19}")
     for each in nets or (GPU if gpu else CPU):
         name, _, batch_size = each.rpartition(" x ")
         if name not in SHAPES or not batch_size.isdecimal() or batch_size == "0":
@@ -87,7 +86,8 @@ def bench(nets: list[str] | None = None, compile: bool = True, json: bool = Fals
         if gpu:
             net.cuda(), fast.cuda().bfloat16()
         S = net.config.block_size
-        for what, n in ("within a block", S - 1), (f"{max(500, S + S // 2):,} characters", max(500, S + S // 2)):
+        for n in sorted({S - 1, max(500, S + S // 2), *([5000] if gpu else [])}):
+            what = "within a block" if n < S else f"{n:,} tokens"
             row: dict[str, Any] = {
                 "net": name,
                 "batch_size": B,
@@ -96,14 +96,11 @@ def bench(nets: list[str] | None = None, compile: bool = True, json: bool = Fals
             }
             seconds, first = writing(fast, B, n)
             row |= {"ours": B * n / seconds, "first_call_s": first}
-            if gpu and compile:
-                seconds, first = writing(fast, B, n, compile=True)
-                row |= {"compiled": B * n / seconds, "first_compiled_call_s": first}
             if not gpu:
                 row["float16"] = B * n / writing(deepcopy(fast).half(), B, n)[0]
             rows.append(row)
             if not json:
-                faster = [row[key] for key in ("ours", "compiled", "float16") if key in row]
+                faster = [row[key] for key in ("ours", "float16") if key in row]
                 cells = [f"{speed:12,.0f}{speed / row['recomputing']:6.1f}x" for speed in faster]
                 print(f"{each:28}{what:>16}{row['recomputing']:12,.0f}" + "".join(cells), flush=True)
     if json:

@@ -4,12 +4,15 @@ Shapes   B batch · T time (tokens) · H heads · S places in the cache · D cha
 """
 
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from .capture import CapturedStep
 from .lecture import Rung
 from .model import GPT
 
@@ -22,11 +25,16 @@ class LayerCache:
         self.k: Tensor | None = None
         self.v: Tensor | None = None
 
+    def make(self, like: Tensor, B: int, H: int, D: int) -> None:
+        """Room for as many tokens as the cache may get."""
+        self.k, self.v = (like.new_zeros(B, H, self.cache.size, D) for _ in "kv")
+
     def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """All keys and values that these T may look at, these (B, H, T, D) included, and the mask if one is needed."""
         cache, (B, H, T, D) = self.cache, k.shape
-        if self.k is None or self.v is None:
-            self.k, self.v = (k.new_zeros(B, H, cache.size, D) for _ in "kv")
+        if self.k is None:
+            self.make(k, B, H, D)
+        assert self.k is not None and self.v is not None
         if isinstance(past := cache.length, int):
             self.k[:, :, past : past + T] = k
             self.v[:, :, past : past + T] = v
@@ -136,22 +144,22 @@ def sample(
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    # so nothing overflows, however small the temperature
-    logits = (logits - logits.amax(-1, keepdim=True)) / max(temperature, 1e-30)
-    if top_k is not None and top_k < logits.size(-1):
-        values, ids = logits.topk(top_k)
-        logits = torch.full_like(logits, -torch.inf).scatter(-1, ids, values)
+    if dice is None:
+        dice = throw(logits.shape, logits.device, generator)
+    ids, most = None, logits.amax(-1, keepdim=True)
+    if top_k is not None and top_k < logits.size(-1):  # from here on there are only k
+        logits, ids = logits.topk(top_k, sorted=top_p is not None)
+    elif top_p is not None and top_p < 1:
+        logits, ids = logits.sort(dim=-1, descending=True, stable=True)
+    # the likeliest has 1, so nothing overflows, however small the temperature
+    odds = ((logits - most) / max(temperature, 1e-30)).exp()
     if top_p is not None and top_p < 1:
-        values, ids = logits.sort(dim=-1, descending=True, stable=True)
-        odds = values.softmax(-1)
-        values = values.masked_fill(odds.cumsum(-1) - odds >= top_p, -torch.inf)
-        logits = torch.full_like(logits, -torch.inf).scatter(-1, ids, values)
-    odds = logits.exp()  # the likeliest has 1
+        odds = odds * (odds.cumsum(-1) - odds < top_p * odds.sum(-1, keepdim=True))
     if min_p is not None:
         odds = odds * (odds >= min_p)
-    if dice is None:
-        dice = throw(odds.shape, odds.device, generator)
-    return (odds / dice).argmax(-1, keepdim=True)  # as torch.multinomial does, without its look at the values
+    # the largest of odds / dice is drawn with these odds, as in torch.multinomial, but without its look at the values
+    new = (odds / (dice if ids is None else dice.gather(-1, ids))).argmax(-1, keepdim=True)
+    return new if ids is None else ids.gather(-1, new)
 
 
 def throw(shape: Sequence[int], device: torch.device, generator: torch.Generator | None = None) -> Tensor:
@@ -190,12 +198,12 @@ class Writer:
         self.starts = [max(0, n - self.block_size) for n in lengths]  # where each row's context begins
         self.cache = KVCache(min(self.block_size, max(lengths) + steps))
         self.even = len(set(lengths)) == 1
-        self.steps, columns = steps, max(2048, steps)  # so that most calls share one compiled step
-        self.out = torch.zeros(B, columns, dtype=torch.long, device=device)
-        self.logprobs = torch.zeros(B, columns, device=device) if logprobs else None
+        self.steps = steps
+        self.out = torch.zeros(B, steps, dtype=torch.long, device=device)
+        self.logprobs = torch.zeros(B, steps, device=device) if logprobs else None
         self.token = torch.zeros(B, 1, dtype=torch.long, device=device)
-        self.count = torch.zeros(1, dtype=torch.long, device=device)  # tokens drawn so far
-        self.throws = max(1, 4096 // self.V)  # steps that dice are thrown ahead for
+        self.count = torch.zeros(B, dtype=torch.long, device=device)  # tokens drawn so far, the same for each row
+        self.throws = max(16, 4096 // self.V)  # steps that dice are thrown ahead for
         self.dice = torch.ones(self.throws, B, self.V, device=device)
         self.seen = torch.zeros(B, self.V, dtype=torch.bool, device=device)
         for row, n in enumerate(self.lengths if penalty != 1 else ()):
@@ -215,13 +223,13 @@ class Writer:
         odds = logits
         if self.penalty != 1:
             odds = torch.where(self.seen, torch.where(odds > 0, odds / self.penalty, odds * self.penalty), odds)
-        dice = self.dice.index_select(0, self.count % self.throws)[0] if self.how["temperature"] else None
+        dice = self.dice.index_select(0, self.count[:1] % self.throws)[0] if self.how["temperature"] else None
         new = sample(odds, **self.how, dice=dice)
         if self.penalty != 1:
             self.seen.scatter_(1, new, True)
         if self.logprobs is not None:
-            self.logprobs.index_copy_(1, self.count, logits.log_softmax(-1).gather(1, new).type_as(self.logprobs))
-        self.out.index_copy_(1, self.count, new)
+            self.logprobs.index_copy_(1, self.count[:1], logits.log_softmax(-1).gather(1, new).type_as(self.logprobs))
+        self.out.index_copy_(1, self.count[:1], new)
         self.token.copy_(new)
         self.count += 1
 
@@ -234,16 +242,19 @@ class Writer:
         texts = (torch.cat((self.idx[b, : self.lengths[b]], self.out[b, :t])) for b in rows)
         return [text[self.starts[b] :] for b, text in zip(rows, texts, strict=True)]
 
-    def read(self, rows: list[int], t: int) -> Tensor:
-        """Logits (len(rows), V) of the next token, from the whole context of these rows; their cache begins anew."""
-        device, every = self.idx.device, len(rows) == len(self.idx)
-        if every and self.even:
+    def context(self, rows: list[int], t: int) -> tuple[Tensor, Tensor]:
+        """The contexts of these rows after t steps, (len(rows), T), and the last place in each (len(rows),)."""
+        if len(rows) == len(self.idx) and self.even:
             piece = torch.cat((self.idx, self.out[:, :t]), 1)[:, self.starts[0] :]
             lengths = [piece.size(1)] * len(rows)
         else:
             windows = self.windows(rows, t)
             piece, lengths = pad_sequence(windows, batch_first=True), [len(window) for window in windows]
-        last = torch.tensor(lengths, device=device) - 1
+        return piece, torch.tensor(lengths, device=self.idx.device) - 1
+
+    def read(self, rows: list[int], piece: Tensor, last: Tensor) -> Tensor:
+        """Logits (len(rows), V) of the next token from the whole `context` of these rows; their cache begins anew."""
+        device, every = self.idx.device, len(rows) == len(self.idx)
         if not isinstance(self.net, GPT):
             return self.net(piece)[torch.arange(len(rows), device=device), last]
         if not self.use_cache:
@@ -270,19 +281,23 @@ class Writer:
         self.cache.length = where
         return logits
 
-    def record(self, compile: bool) -> "torch.cuda.CUDAGraph":
-        """A step as a CUDA graph, whose replay costs no Python; compiled, its small kernels are one."""
+    def begin(self, piece: Tensor, last: Tensor) -> None:
+        """Read the whole contexts of all rows, and draw."""
+        self.choose(self.read(list(range(len(self.idx))), piece, last))
+
+    def record(self) -> "torch.cuda.CUDAGraph":
+        """A step as a CUDA graph, whose replay costs no Python; in kernels of our own where Triton is there."""
         length, seen = torch.zeros(len(self.idx), dtype=torch.long, device=self.idx.device), self.seen.clone()
-        self.cache.length, self.cache.even = length, self.even
-        # coordinate descent turns products with a single row into reductions that run at the memory's speed
-        step = self.step
-        if compile:
-            step = torch.compile(step, dynamic=False, options={"coordinate_descent_tuning": len(self.idx) == 1})
+        self.cache.length, self.cache.even, step = length, self.even, self.step
+        if next(self.net.parameters()).dtype != torch.float64:
+            with suppress(ImportError):
+                from .decoding import Decoder
+
+                step = Decoder(self).step
         apart, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
         apart.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(apart):
-            for _ in range(2):  # what is lazy comes first
-                step()
+            step()  # what is lazy comes first
         torch.cuda.current_stream().wait_stream(apart)
         with torch.cuda.graph(graph, stream=apart, capture_error_mode="thread_local"):
             step()
@@ -290,8 +305,10 @@ class Writer:
         self.seen.copy_(seen)
         return graph
 
-    def write(self, record: bool, compile: bool) -> Iterator[Drawn]:
-        replay = self.record(compile).replay if record else self.step
+    def write(self, record: bool) -> Iterator[Drawn]:
+        replay = self.record().replay if record else self.step
+        # contexts that move on together are read again and again in one shape
+        reread = CapturedStep(warm_up=1) if record and self.even else None
         B, every = len(self.idx), list(range(len(self.idx)))
         for t in range(self.steps):
             if t % self.throws == 0 and self.how["temperature"]:
@@ -300,12 +317,17 @@ class Writer:
             for b in full if t else ():
                 self.starts[b] += self.stride
             if t == 0 or not self.use_cache or len(full) == B:
-                self.choose(self.read(every, t))
+                contexts = self.context(every, t)
+                begin = partial(self.begin, *contexts)
+                if t and reread is not None:
+                    reread(begin, contexts)
+                else:
+                    begin()
             elif full:
                 assert isinstance(self.cache.length, Tensor)
                 self.cache.length[torch.tensor(full, device=self.idx.device)] = 0  # no place is left to write to
                 logits = self.net(self.token, self.cache)[:, -1]
-                logits[full] = self.read(full, t)
+                logits[full] = self.read(full, *self.context(full, t))
                 self.choose(logits)
             else:
                 replay()
@@ -329,7 +351,6 @@ def stream(
     generator: torch.Generator | Sequence[torch.Generator] | None = None,
     logprobs: bool = False,
     record: bool | None = None,
-    compile: bool = False,
 ) -> Iterator[Drawn]:
     """Yields the next tokens after idx (B, T), max_new_tokens times, and never waits for the device.
 
@@ -356,9 +377,8 @@ def stream(
         generator: the dice; one for each row makes a row's text independent of the other rows.
         logprobs: whether to say how likely the net found each token, before temperature and restrictions.
         record: replay each step as a CUDA graph; None does so on CUDA where it pays.
-        compile: compile the step that is recorded: takes a minute, pays for very long texts only.
     Raises:
-        ValueError: a setting is out of its range, or compile without CUDA.
+        ValueError: a setting is out of its range.
     """
     block_size = net.config.block_size
     check(temperature, top_k, top_p, min_p, repetition_penalty)
@@ -368,8 +388,6 @@ def stream(
         raise ValueError("a prompt is empty: every text needs one token to go on from")
     use_cache = use_cache and isinstance(net, GPT)  # a rung of the lecture looks at the whole text each time
     gpu = idx.device.type == "cuda" and use_cache
-    if compile and not gpu:
-        raise ValueError("compile=True is for CUDA and the cache")
     if record is None:  # a sharded net fetches its weights at every step, which can't be recorded
         record = gpu and max_new_tokens >= 32 and not hasattr(next(net.parameters()), "device_mesh")
     how = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
@@ -379,7 +397,7 @@ def stream(
         writer = Writer(
             net, idx, lengths, max_new_tokens, stride, use_cache, repetition_penalty, logprobs, generator, how
         )
-        yield from writer.write(record or compile, compile)
+        yield from writer.write(record)
     finally:
         net.train(was_training)
 

@@ -60,7 +60,6 @@ def generate(
     json: bool = False,
     device: str = "auto",
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
-    compile: bool = False,
 ) -> None:
     """Write text from a checkpoint, character by character as it comes.
 
@@ -86,7 +85,6 @@ def generate(
         json: write JSON, with text, tokens, log-probabilities and speed.
         device: auto, cpu, cuda, cuda:1, mps ...; auto takes the accelerator if there is one.
         precision: auto is bfloat16 on CUDA, float32 elsewhere; on a CPU float16 writes twice as fast with larger nets.
-        compile: on CUDA, compile first: a minute for half the time per character.
     """
     if num_samples < 1:
         raise ValueError(f"num_samples={num_samples} must be 1 or more")
@@ -106,7 +104,6 @@ def generate(
         "repetition_penalty": repetition_penalty,
         "stop": stop or [],
         "stride": stride,
-        "compile": compile,
     }
     if interactive:
         converse(net, tokenizer, prompt, max_new_tokens, seed, on_unknown, how)

@@ -150,7 +150,7 @@ def write(
             fast; 1 is the lecture's window, a whole forward for each token.
         on_unknown: what to do with characters that the net doesn't know.
         logprobs: whether to fill in `Text.logprobs`.
-        how: top_k, top_p, min_p, repetition_penalty, compile ... of `generation.stream`.
+        how: top_k, top_p, min_p, repetition_penalty ... of `generation.stream`.
     Raises:
         ValueError: a setting is out of its range, or a prompt can't be spelled.
     """

@@ -241,9 +241,9 @@ class LanguageModel(L.LightningModule):
             step()
             return
         self.captured(step, self.batch)
-        if self.captured.calls == self.captured.WARM_UP + 1:
+        if self.captured.calls == self.captured.warm_up + 1:
             self.recorded_result = optimizer_closure._result
-        elif self.captured.calls > self.captured.WARM_UP + 1:
+        elif self.captured.calls > self.captured.warm_up + 1:
             optimizer_closure._result = self.recorded_result  # Lightning asks for it, and the closure did not run
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:

@@ -323,7 +323,6 @@ def test_unknown_key_in_a_config(fails, tmp_path):
         (["--output=nowhere/x.txt"], "output=nowhere/x.txt"),
         (["--interactive=true", "--json=true"], "interactive"),
         (["--precision=int3"], "precision"),
-        (["--compile=true", "--device=cpu"], "compile=True is for CUDA"),
         (["--temperature=-1"], "temperature=-1.0"),
         (["--top_k=0"], "top_k=0"),
         (["--max_new_tokens=0"], "max_new_tokens=0"),

@@ -1,0 +1,72 @@
+"""The kernels that write on a GPU say what the net says; without a GPU, Triton's interpreter runs them."""
+
+import pytest
+import torch
+from conftest import MODERN, T, V, loud
+
+pytest.importorskip("triton")
+from lightning_gpt.decoding import Decoder
+from lightning_gpt.generation import Writer
+from lightning_gpt.model import GPT, GPTConfig
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+NETS = {
+    "gpt2": dict(),
+    "modern": MODERN,
+    "swiglu": dict(activation="swiglu", bias=False, n_layer=1),
+    "odd sizes": dict(n_layer=1, activation="gelu_tanh", n_embd=30, n_head=3, tie_embeddings=True),
+    "bigram": dict(n_layer=0),
+}
+WAYS = {
+    "likeliest": dict(temperature=0),
+    "any": dict(temperature=2.0, penalty=1.5),
+    "top_k": dict(temperature=2.0, top_k=5),
+    "top_p": dict(temperature=2.0, top_p=0.8),
+    "all": dict(temperature=3.0, top_k=9, top_p=0.9, min_p=0.1, penalty=1.5),
+}
+
+
+def make(block_size=T, **how):
+    sizes = dict(n_layer=2, n_head=2, n_embd=16, dropout=0.0) | how
+    return loud(GPT(GPTConfig(V, block_size, **sizes))).float().to(DEVICE)
+
+
+def writer(net, rows, length, steps, penalty=1.0, **how):
+    """A writer that has read prompts, and its decoder."""
+    idx = torch.randint(V, (rows, length), generator=torch.Generator().manual_seed(1)).to(DEVICE)
+    how = dict(top_k=None, top_p=None, min_p=None) | how
+    w = Writer(net, idx, [length] * rows, steps, 1, True, penalty, True, torch.Generator(DEVICE).manual_seed(2), how)
+    w.cache.length, w.cache.even = torch.zeros(rows, dtype=torch.long, device=DEVICE), True
+    decoder = Decoder(w)
+    w.throw_dice()
+    w.begin(*w.context(list(range(rows)), 0))
+    return w, decoder
+
+
+@torch.inference_mode()
+def assert_same_text(net, rows, length, steps, **how):
+    theirs, mine = (writer(net, rows, length, steps + 1, **how) for _ in "12")
+    for n in range(1, steps + 1):
+        theirs[0].step()
+        mine[1].step()
+        text = torch.cat((mine[0].idx, mine[0].out[:, :n]), 1)
+        torch.testing.assert_close(mine[1].logits, net(text)[:, -1], rtol=1e-4, atol=1e-4)
+    for name in "out", "seen", "token", "count":
+        assert torch.equal(getattr(mine[0], name), getattr(theirs[0], name)), name
+    torch.testing.assert_close(mine[0].logprobs, theirs[0].logprobs, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize("name", NETS)
+def test_every_kind_of_net_writes_the_same_text(name, rows):
+    assert_same_text(make(**NETS[name]), rows, 4, 2, temperature=1.0)
+
+
+@pytest.mark.parametrize("name", WAYS)
+def test_every_way_to_draw_draws_the_same_tokens(name):
+    assert_same_text(make(n_layer=1), 3, 4, 4, **WAYS[name])
+
+
+@pytest.mark.parametrize("rows", [1, 18])
+def test_a_long_past_in_slices_and_many_rows_write_the_same_text(rows):
+    assert_same_text(make(300, n_layer=1, position="rotary"), rows, 270 + rows, 2, temperature=1.0)
