@@ -165,7 +165,7 @@ class TinyShakespeare(L.LightningDataModule):
         def bounds(length: int) -> tuple[int, int]:
             return int(start * length), int(end * length)
 
-        kind, files = tokenizer or "char", reading.find_files(corpus) if corpus else [TINY_SHAKESPEARE]
+        kind, files = tokenizer or "char", [TINY_SHAKESPEARE] if corpus is None else reading.find_files(corpus)
         keep_returns = kind == "char" and "\r" in (vocabulary or "")
         large = sum(file.stat().st_size for file in files) >= reading.LARGE
         if large:

@@ -51,7 +51,9 @@ def find_files(corpus: str) -> list[Path]:
         ValueError: a folder without text. FileNotFoundError: nothing is there.
     """
     files: list[Path] = []
-    for name in [corpus] if Path(corpus).exists() else [part.strip() for part in corpus.split(",")]:
+    for name in [corpus] if os.path.exists(corpus) else [part.strip() for part in corpus.split(",")]:
+        if not name:
+            raise ValueError(f"data.corpus={corpus!r} has no file where one should be: leave out what is empty")
         path = Path(name)
         if path.is_dir():
             found = sorted(file for file in path.rglob("*.txt") if file.is_file())

@@ -40,6 +40,21 @@ def test_a_corpus_is_files_folders_and_patterns(folder, monkeypatch, corpus, tex
     assert "".join(read_all(find_files(corpus), False, Counter())) == text
 
 
+@pytest.mark.parametrize("corpus", ["", "c.md,", "c.md,,c.md"])
+def test_nothing_between_commas_is_not_the_folder_one_is_in(folder, monkeypatch, corpus):
+    monkeypatch.chdir(folder)
+    with pytest.raises(ValueError, match="has no file where one should be"):
+        TinyShakespeare(corpus, block_size=1)
+
+
+def test_a_list_of_files_may_be_longer_than_a_name(folder, monkeypatch):
+    monkeypatch.chdir(folder)
+    names = [f"{i}.md" for i in range(100)]
+    for name in names:
+        (folder / name).write_text(name)
+    assert "".join(read_all(find_files(",".join(names)), False, Counter())) == "\n".join(names)
+
+
 def test_a_file_with_a_comma_in_its_name_is_one_file(tmp_path):
     (tmp_path / "a,b").write_text("text")
     assert find_files(f"{tmp_path}/a,b") == [tmp_path / "a,b"]
