@@ -178,9 +178,11 @@ def tokenizer_for(
     if kind == "gpt2":
         return GPT2Tokenizer(size)
     if kind == "bpe":
-        if vocabulary is not None:
-            return BPETokenizer(vocabulary, size)
-        return BPETokenizer(BPETokenizer.merges_of(training_text(), size or BPE_SIZE))
+        if vocabulary is None:
+            vocabulary = BPETokenizer.merges_of(training_text(), BPE_SIZE if size is None else size)
+            if (found := len(BPETokenizer(vocabulary))) < (size or 0):
+                say(f"the training text has pairs for {found:,} ids; the others of token_kinds={size:,} mean nothing")
+        return BPETokenizer(vocabulary, size)
     if size:
         raise ValueError(
             f"data.token_kinds={size} is for token files, bpe and padding: characters are as many as they are"

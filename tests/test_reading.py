@@ -145,6 +145,15 @@ def test_merges_come_from_the_training_split_alone(tmp_path, poem):
     assert one.vocab_size == 290 and len(one.train_tokens) < 0.7 * len(training)
 
 
+def test_a_text_with_few_pairs_has_as_many_ids_as_are_asked_for_now_and_later(poem, large, capsys):
+    how = dict(tokenizer="bpe", token_kinds=999)
+    for serve in lambda **how: TinyShakespeare(str(poem), 8, **how), large:
+        data = serve(**how)
+        assert "pairs for 324 ids" in capsys.readouterr().err
+        again = serve(**how, vocabulary=data.hparams.vocabulary)  # as a checkpoint brings it
+        assert data.vocab_size == again.vocab_size == 999 and torch.equal(data.val_tokens, again.val_tokens)
+
+
 @pytest.mark.parametrize("kind", ["char", "byte", "bpe"])
 def test_every_tokenizer_splits_the_text_at_the_same_character(poem, kind):
     data, text = TinyShakespeare(str(poem), 8, tokenizer=kind), poem.read_text()
