@@ -40,7 +40,7 @@ def read_tokens(path: str, token_type: str, kinds: int) -> Tensor:
                     f"the token file {path} has the id {highest} near token {at:,}, beyond the {kinds} kinds there "
                     f"are: give a larger data.token_kinds, or data.token_type if its numbers are not {token_type}"
                 )
-    return torch.from_numpy(np.memmap(path, dtype=token_type, mode="c"))  # as if one could write, or torch warns
+    return reading.mapped(path, token_type)
 
 
 class RandomWindows:

@@ -10,6 +10,7 @@ import json
 import math
 import os
 import sys
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -292,7 +293,14 @@ def cached(
         return open_cached(folder, told)
 
 
+def mapped(path: str | Path, token_type: str) -> Tensor:
+    """A file of numbers, mapped into memory and not read: it may be larger than that."""
+    with warnings.catch_warnings():  # of torch, as nobody may write there; a map to write to would have to fit in memory
+        warnings.simplefilter("ignore")
+        return torch.from_numpy(np.memmap(path, dtype=token_type, mode="r"))
+
+
 def open_cached(folder: Path, told: dict) -> tuple[Tokenizer, Tensor, Tensor, int]:
-    ids = torch.from_numpy(np.memmap(folder / told["file"], dtype=told["type"], mode="c"))  # as if one could write
+    ids = mapped(folder / told["file"], told["type"])
     n, m = told["parts"]
     return rebuild(told, told["size"]), ids[:n], ids[n : n + m], told["characters"]

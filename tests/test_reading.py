@@ -233,6 +233,15 @@ def test_tokens_are_made_again_if_the_text_changes_or_their_file_is_cut(poem, la
     assert "M" in large().tokenizer.vocabulary
 
 
+def test_a_map_may_be_larger_than_memory(tmp_path):
+    size = 2 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with open(tmp_path / "tokens", "wb") as file:
+        file.write(b"\5\0")
+        file.truncate(size)  # holes, which take no room on the disk
+    ids = reading.mapped(tmp_path / "tokens", "uint16")
+    assert len(ids) == size // 2 and ids[0] == 5 and ids[-1] == 0
+
+
 def test_copies_are_left_out_of_large_texts_and_that_is_said(large, capsys):
     assert len(large(renamed_copies=2).train_tokens) == len(large().train_tokens)
     assert "data.renamed_copies=2 is for small texts" in capsys.readouterr().err
