@@ -35,10 +35,16 @@ def read_tokens(path: str, token_type: str, kinds: int) -> Tensor:
         )
     with open(path, "rb") as file:  # a look at each, a part at a time and not through the map, whose pages would stay
         for at in range(0, size // width, 2**22):
-            if (highest := int(np.fromfile(file, dtype=token_type, count=2**22).max())) >= kinds:
+            ids = np.fromfile(file, dtype=token_type, count=2**22)
+            if ids.max() >= kinds:
+                first = int(np.argmax(ids >= kinds))
                 raise ValueError(
-                    f"the token file {path} has the id {highest} near token {at:,}, beyond the {kinds} kinds there "
-                    f"are: give a larger data.token_kinds, or data.token_type if its numbers are not {token_type}"
+                    f"the token file {path} has the id {ids[first]} at token {at + first:,}, beyond the {kinds} kinds "
+                    f"there are: give a larger data.token_kinds, or data.token_type if its numbers are not {token_type}"
+                )
+            if width == 2 and len(ids) > 1 and ids[::2].any() and not ids[1::2].any():
+                raise ValueError(
+                    f"each second number of the token file {path} is 0, as if they were uint32: give data.token_type"
                 )
     return reading.mapped(path, token_type)
 
@@ -153,7 +159,9 @@ class TinyShakespeare(L.LightningDataModule):
             if tokenizer in ("char", "bpe") and vocabulary is None:
                 raise ValueError(f"data.tokenizer={tokenizer} for token files needs the vocabulary that made them")
             kinds = token_kinds or (50257 if tokenizer == "gpt2" else None)
-            self.take_tokens(tokens.split(","), kinds, token_type)
+            if corpus is not None:
+                raise ValueError(f"data.tokens={tokens} and data.corpus={corpus} are two texts: give null for one")
+            self.take_tokens([file.strip() for file in tokens.split(",")], kinds, token_type)
             plain = {"tokenizer": tokenizer or "ids", "vocabulary": vocabulary, "unknown": unknown}
             self.tokenizer = rebuild(plain, kinds)
             self.save_hyperparameters()

@@ -168,16 +168,18 @@ def test_token_files_are_served_as_they_are_and_mapped(token_files):
     [
         (b"\1\0\2", {}, "has 3 bytes, which are no uint16 numbers"),
         (b"", {}, "has 0 bytes"),
-        (b"\1\0" * 50 + b"\54\1", {}, "has the id 300 near token 0, beyond the 300 kinds"),
+        (b"\1\0" * 50 + b"\54\1" + b"\1\2", {}, "has the id 300 at token 50, beyond the 300 kinds"),
         (b"\1\0" * 8, {}, "has 8 tokens, too few"),
         (b"\1\0\1\0" * 50, {"token_type": "uint32"}, "has the id 65537"),
+        (b"\1\0\0\0" * 50, {}, "as if they were uint32: give data.token_type"),
         (b"\1\0" * 50, {"token_kinds": None}, "how many kinds of tokens"),
+        (b"\1\0" * 50, {"corpus": "text"}, "data.corpus=text are two texts"),
     ],
 )
 def test_bad_token_files(tmp_path, token_files, content, settings, message):
     (tmp_path / "x.bin").write_bytes(content)
     with pytest.raises(ValueError, match=message):
-        both = f"{tmp_path}/x.bin,{token_files.split(',')[1]}"
+        both = f"{tmp_path}/x.bin, {token_files.split(',')[1]}"
         TinyShakespeare(block_size=8, **{"tokens": both, "token_kinds": 300} | settings)
 
 
