@@ -4,6 +4,7 @@ A text is read in pieces, so however long it is, a few MB of it are in memory at
 """
 
 import codecs
+import errno
 import glob
 import hashlib
 import json
@@ -241,7 +242,9 @@ def cached(
         bounds: where the training part ends and where the validation part does, in a text of so many characters.
     """
     folder = cache_folder()
-    stat = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    facts = [(file, file.stat()) for file in files]
+    # the time of modification may be set back, as cp -p and rsync do; that of the change of it may not
+    stat = [(str(file.resolve()), now.st_size, now.st_mtime_ns, now.st_ctime_ns) for file, now in facts]
 
     def named(vocabulary: str | None, unknown: str) -> Path:
         asked = json.dumps([1, stat, bounds(10**12), kind, vocabulary, unknown, size, keep_returns])
@@ -268,7 +271,7 @@ def cached(
         tokenizer = tokenizer_for(kind, text, training_text, vocabulary, unknown, size)
         resolved, policy = "".join(tokenizer.vocabulary), getattr(tokenizer, "on_unknown", unknown)
         target = named(resolved, policy).with_suffix(".tokens")
-        megabytes = sum(bytes for _, bytes, _ in stat) / 1e6
+        megabytes = sum(now.st_size for _, now in facts) / 1e6
         say(f"{megabytes:,.0f} MB of text become tokens, once, in {target}")
         dtype = np.dtype(np.uint8 if len(tokenizer) <= 2**8 else np.uint16 if len(tokenizer) <= 2**16 else np.uint32)
         draft, counts = target.with_suffix(f".{os.getpid()}"), []
@@ -281,6 +284,13 @@ def cached(
                         bar.update(len(piece))
                     counts.append((out.tell() - before) // dtype.itemsize)
             os.replace(draft, target)
+        except OSError as error:
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+                raise
+            raise OSError(
+                f"the tokens do not go to {folder} ({error.strerror}): make room, or set XDG_CACHE_HOME to a folder "
+                "that has it"
+            ) from None
         finally:
             draft.unlink(missing_ok=True)
         told = {"file": target.name, "bytes": target.stat().st_size, "type": dtype.name, "parts": counts}

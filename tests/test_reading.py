@@ -2,6 +2,7 @@
 
 import os
 import re
+import signal
 from collections import Counter
 
 import pytest
@@ -229,7 +230,9 @@ def test_tokens_are_made_again_if_the_text_changes_or_their_file_is_cut(poem, la
     (file,) = files(tmp_path)
     os.truncate(file, 100)
     assert torch.equal(large().train_tokens, first)
+    before = poem.stat()
     poem.write_text(poem.read_text().replace("mercy", "MERCY"))
+    os.utime(poem, ns=(before.st_atime_ns, before.st_mtime_ns))  # as cp -p does
     assert "M" in large().tokenizer.vocabulary
 
 
@@ -245,6 +248,19 @@ def test_a_map_may_be_larger_than_memory(tmp_path):
 def test_copies_are_left_out_of_large_texts_and_that_is_said(large, capsys):
     assert len(large(renamed_copies=2).train_tokens) == len(large().train_tokens)
     assert "data.renamed_copies=2 is for small texts" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_said_and_leaves_nothing_behind(large, tmp_path):
+    resource = pytest.importorskip("resource")
+    limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+        with pytest.raises(OSError, match="make room, or set XDG_CACHE_HOME"):
+            large()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert [file.name for file in (tmp_path / "cache" / "lightning-gpt").iterdir()] == ["lock"]
 
 
 def test_a_cache_that_can_not_be_written_says_where_it_is(large, tmp_path, monkeypatch):
