@@ -56,7 +56,7 @@ def find_files(corpus: str) -> list[Path]:
     for name in [corpus] if os.path.exists(corpus) else [part.strip() for part in corpus.split(",")]:
         if not name:
             raise ValueError(f"data.corpus={corpus!r} has no file where one should be: leave out what is empty")
-        path = Path(name)
+        path = Path(name).expanduser()
         if path.is_dir():
             found = sorted(file for file in path.rglob("*.txt") if file.is_file())
             if not found:
@@ -66,13 +66,13 @@ def find_files(corpus: str) -> list[Path]:
         elif path.exists():
             found = [path]
         else:
-            found = sorted(Path(file) for file in glob.glob(name, recursive=True) if Path(file).is_file())
+            found = sorted(Path(file) for file in glob.glob(str(path), recursive=True) if Path(file).is_file())
             if not found:
                 raise FileNotFoundError(
                     f"the corpus {name} does not exist: give a UTF-8 text file, a folder of .txt files or a pattern"
                 )
         files += found
-    return list(dict.fromkeys(files))
+    return list({file.resolve(): file for file in files}.values())
 
 
 def read_pieces(path: Path, keep_returns: bool, notes: Counter[str]) -> Iterator[str]:
@@ -98,7 +98,10 @@ def read_pieces(path: Path, keep_returns: bool, notes: Counter[str]) -> Iterator
                     f"iconv -f {'UTF-16' if utf16 else 'WINDOWS-1252'} -t UTF-8"
                 ) from None
             if "\0" in text:
-                raise ValueError(f"the corpus {path} is a binary file: a zero byte at offset {offset + data.index(0)}")
+                raise ValueError(
+                    f"the corpus {path} is a binary file: a zero byte at offset {offset + data.index(0)}; "
+                    "if it is text all the same, convert it, such as with iconv -f UTF-16LE -t UTF-8"
+                )
             if offset == 0 and text.startswith("\ufeff"):
                 text = text[1:]
                 notes["byte order mark"] += 1
@@ -255,6 +258,8 @@ def cached(
             told = json.loads(named(vocabulary, unknown).read_text())
             if (folder / told["file"]).stat().st_size == told["bytes"]:
                 return open_cached(folder, told)
+        megabytes = sum(now.st_size for _, now in facts) / 1e6
+        say(f"{megabytes:,.0f} MB of text are read, and become tokens, once, in {folder}")
         notes: Counter[str] = Counter()
 
         def text() -> Iterator[str]:
@@ -271,8 +276,6 @@ def cached(
         tokenizer = tokenizer_for(kind, text, training_text, vocabulary, unknown, size)
         resolved, policy = "".join(tokenizer.vocabulary), getattr(tokenizer, "on_unknown", unknown)
         target = named(resolved, policy).with_suffix(".tokens")
-        megabytes = sum(now.st_size for _, now in facts) / 1e6
-        say(f"{megabytes:,.0f} MB of text become tokens, once, in {target}")
         dtype = np.dtype(np.uint8 if len(tokenizer) <= 2**8 else np.uint16 if len(tokenizer) <= 2**16 else np.uint32)
         draft, counts = target.with_suffix(f".{os.getpid()}"), []
         try:

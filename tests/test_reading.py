@@ -34,10 +34,12 @@ def folder(tmp_path):
         ("plays/*.*", "b\nx"),
         ("c.md, plays/b.txt", "c\nb"),
         ("**/*.md", "c\n"),
+        ("plays, plays/../plays/b.txt, ~/c.md, c.md", "b\na\nc\n"),
     ],
 )
 def test_a_corpus_is_files_folders_and_patterns(folder, monkeypatch, corpus, text):
     monkeypatch.chdir(folder)
+    monkeypatch.setenv("HOME", str(folder))
     assert "".join(read_all(find_files(corpus), False, Counter())) == text
 
 
