@@ -150,7 +150,7 @@ def from_hugging_face(name: str) -> tuple[GPTConfig, dict[str, Tensor], dict]:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     folder = Path(name)
-    if not folder.is_dir() and (name.startswith(("/", ".", "~")) or name.count("/") > 1 or not name):
+    if not name or not folder.is_dir() and (name.startswith(("/", ".", "~")) or name.count("/") > 1):
         raise FileNotFoundError(f"the folder {name} does not exist: give hf:FOLDER with config.json and the weights")
     logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # each of its retries
     try:
@@ -235,7 +235,8 @@ def from_nanogpt(path: Path, meta: str | None) -> tuple[GPTConfig, dict[str, Ten
             tie_embeddings=True,
         )
     except Exception as error:
-        reason = " ".join(str(error).split())[:200]
+        what = str(error).split("WeightsUnpickler error: ")[-1]  # torch says before that how to run code all the same
+        reason = f"it lacks {error}" if isinstance(error, KeyError) else what.strip().split("\n")[0][:200]
         raise ValueError(f"{path} is no checkpoint of nanoGPT's that can be read as plain data: {reason}") from None
     file = Path(meta) if meta else path.with_name("meta.pkl")
     if not file.exists():
@@ -286,9 +287,10 @@ def export(to: Literal["safetensors", "hf", "onnx"], ckpt_path: str = "best", ou
         ckpt_path: the checkpoint; best or last is the newest file of that name below checkpoints/.
         output: file or folder to write; null is gpt.safetensors, gpt_hf or gpt.onnx.
     """
-    net, tokenizer = checkpoint.load(checkpoint.find(ckpt_path))
+    source = checkpoint.find(ckpt_path)
+    net, tokenizer = checkpoint.load(source)
     if not isinstance(net, GPT):
-        raise ValueError(f"the checkpoint {ckpt_path} is a rung of the lecture, which no other program knows")
+        raise ValueError(f"the checkpoint {source} is a rung of the lecture, which no other program knows")
     path = Path(output or {"hf": "gpt_hf"}.get(to, f"gpt.{to}"))
     path.parent.mkdir(parents=True, exist_ok=True)
     told = json.dumps({"model": asdict(net.config), "data": described(tokenizer)})
@@ -299,16 +301,19 @@ def export(to: Literal["safetensors", "hf", "onnx"], ckpt_path: str = "best", ou
     else:
         to_onnx(net, path, told)
     size = sum(p.numel() for p in net.parameters()) / 1e6
-    print(f"{size:.2f}M parameters of {checkpoint.find(ckpt_path)} in {path}")
+    print(f"{size:.2f}M parameters of {source} in {path}")
 
 
 def write_safetensors(weights: dict[str, Tensor], tied: bool, path: Path, metadata: dict[str, str]) -> None:
     """Save all tensors in one file, a tied head only once."""
-    need("safetensors", "formats")
+    safetensors = need("safetensors", "formats")
     from safetensors.torch import save_file
 
     kept = {name: w.contiguous() for name, w in weights.items() if not (tied and name == "lm_head.weight")}
-    save_file(kept, path, {"format": "pt"} | metadata)
+    try:
+        save_file(kept, path, {"format": "pt"} | metadata)
+    except safetensors.SafetensorError as error:
+        raise OSError(f"{path} can't be written: {error}; what was there before still is") from None
 
 
 def to_hugging_face(net: GPT, tokenizer: Tokenizer, folder: Path) -> None:
