@@ -85,7 +85,7 @@ class CharTokenizer:
             return ids[known]
         raise ValueError(
             f"the text has characters that this vocabulary of {len(self)} lacks: {self.unknown(text)[:40]!r}; "
-            f"leave them out, or train on a text that has them. It knows {self.vocabulary[:100]!r}"
+            f"leave them out, or train with --data.unknown drop, replace or extend. It knows {self.vocabulary[:100]!r}"
         )
 
     def decode(self, ids: Tensor) -> str:

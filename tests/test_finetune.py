@@ -121,7 +121,8 @@ def test_unknown_characters_are_named_and_frozen_embeddings_can_not_learn_them(t
     play.write_text("Zoë\n" * 300)
     ask = ["fit", "--config=finetune", *SMALL, f"--model.init_from={base}", f"--data.corpus={play}"]
     ask += [f"--trainer.default_root_dir={tmp_path}/run"]
-    assert "'Zë'" in fails(*ask)
+    told = fails(*ask)
+    assert "'Zë'" in told and "--data.unknown drop, replace or extend" in told
     assert "'Zë'" in fails(*ask, "--data.unknown=extend", "--model.freeze=1")
 
 
