@@ -308,7 +308,7 @@ def cached(
 
 def mapped(path: str | Path, token_type: str) -> Tensor:
     """A file of numbers, mapped into memory and not read: it may be larger than that."""
-    with warnings.catch_warnings():  # of torch, as nobody may write there; a map to write to would have to fit in memory
+    with warnings.catch_warnings():  # torch's, as nobody may write there; a map to write to would have to fit in memory
         warnings.simplefilter("ignore")
         return torch.from_numpy(np.memmap(path, dtype=token_type, mode="r"))
 
