@@ -67,7 +67,8 @@ def orthogonalise_together(x: Tensor) -> Tensor:
     mine = x[rank * each : (rank + 1) * each]
     mine = orthogonalise(F.pad(mine, (0, 0, 0, 0, 0, each - len(mine)))).contiguous()  # zeros stay zeros
     new = mine.new_empty(ranks * each, *x.shape[1:])
-    dist.all_gather_into_tensor(new, mine)
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.13
+    gather(new, mine)
     return new[: len(x)]
 
 
