@@ -344,6 +344,10 @@ class LanguageModel(L.LightningModule):
                 if net is not None:
                     net.load_state_dict(weights)
 
+    def on_load_checkpoint(self, checkpoint: dict) -> None:
+        if self._trainer and self._trainer.precision == "64-true":
+            self.double()  # Lightning does so after it has put the weights in, which would round them
+
     def configure_model(self) -> None:
         if isinstance(self.trainer.strategy, Shards):
             if self.hparams.rung:
