@@ -1,5 +1,9 @@
+import json
 import os
 import random
+import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -97,3 +101,76 @@ def token_files(tmp_path_factory):
     for name, n in ("train", 3000), ("val", 2000):
         dice.integers(300, size=n, dtype=np.uint16).tofile(folder / f"{name}.bin")
     return f"{folder}/train.bin,{folder}/val.bin"
+
+
+# a process that has imported everything and forks for each command line: a run in half a second, or one of several
+# processes, which are started as torchrun would
+NURSERY = """
+import json, os, resource, sys, traceback
+import torch
+torch.set_num_threads(1)
+import lightning_gpt.cli  # main would import it, and Lightning, only when it is needed
+from lightning_gpt.main import main
+for line in sys.stdin:
+    args, folder, log, limit, environments = json.loads(line)
+    pids = []
+    for environment in environments:
+        pids.append(os.fork())
+        if pids[-1]:
+            continue
+        file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(file, 1), os.dup2(file, 2), os.chdir(folder), os.environ.update(environment)
+        if limit:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        try:
+            main(args)
+            code = 0
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        except BaseException:
+            traceback.print_exc()
+            code = 70
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(code)
+    print(pids[0], flush=True)
+    print(max((os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids), key=abs), flush=True)
+"""
+
+
+class Nursery:
+    def __init__(self):
+        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.process = subprocess.Popen([sys.executable, "-c", NURSERY], **pipes)
+
+    def start(self, folder, *args, limit=0, processes=1):
+        self.log, environments = Path(folder) / "log.txt", [{}]
+        if processes > 1:
+            shared = {"WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+            shared |= {"TORCHELASTIC_RUN_ID": "test", "GROUP_RANK": 0}
+            ranks = [shared | {"RANK": rank, "LOCAL_RANK": rank} for rank in range(processes)]
+            environments = [{name: str(value) for name, value in rank.items()} for rank in ranks]
+            args = *args, f"--trainer.devices={processes}"
+        line = json.dumps([[str(arg) for arg in args], str(folder), str(self.log), limit, environments])
+        print(line, file=self.process.stdin, flush=True)
+        return int(self.process.stdout.readline())
+
+    def end(self):
+        return int(self.process.stdout.readline())
+
+    def run(self, folder, *args, **how):
+        self.start(folder, *args, **how)
+        return self.end()
+
+
+def free_port():
+    with socket.socket() as one:
+        one.bind(("127.0.0.1", 0))
+        return one.getsockname()[1]
+
+
+@pytest.fixture(scope="session")
+def nursery():
+    nursery = Nursery()
+    yield nursery
+    nursery.process.stdin.close()
+    nursery.process.wait()

@@ -12,22 +12,16 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TINY
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from lightning_gpt import checkpoint
 
-pytestmark = pytest.mark.slow
-FSDP = ["--config", "fsdp", "--trainer.devices", "2"]
-THREE = ["--data.batch_size", "6", "--trainer.max_steps", "4", "--model.optimizer", "muon"]
-STILL = [
-    "--model.dropout",
-    "0",
-    "--model.ema_decay",
-    "0.9",
-    "--trainer.val_check_interval",
-    "2",
-    "--sample.length",
-    "9",
-]
+# 64-true: what rounding does is below 1e-12, and the dice of dropout depend on the rank
+STILL = ["--trainer.precision=64-true", "--model.dropout=0", "--trainer.val_check_interval=2", "--sample.length=9"]
+# a schedule, clipped gradients, an average, 3 windows for each of 4 processes
+HARD = ["--trainer.gradient_clip_val=0.1", "--model.warmup_steps=2", "--model.ema_decay=0.9", "--data.batch_size=12"]
+ADAMW = [*HARD, "--model.n_layer=2", "--trainer.accumulate_grad_batches=2"]
+MUON = [*HARD, "--model.n_layer=3", "--model.optimizer=muon", "--model.norm=rms", "--model.position=rotary"]
 
 
 def start(folder, *args, path=(), **env):
@@ -54,63 +48,99 @@ def end(process, timeout=120):
     return process.returncode, said
 
 
-def fit(folder, text_file, *args):
-    folder.mkdir(exist_ok=True)
-    code, said = end(start(folder, "fit", *TINY, "--data.corpus", text_file, *STILL, *args))
-    assert code == 0, said
-    (last,) = folder.glob("checkpoints/tiny/version_0/checkpoints/last.ckpt")
-    return checkpoint.read(last)
+@pytest.fixture
+def fit(nursery, tmp_path, text_file):
+    """Trains in a folder of that name, by one process or several, and reads last.ckpt."""
+
+    def fit(name, *args, **how):
+        (tmp_path / name).mkdir(exist_ok=True)
+        fresh = () if "--ckpt_path=last" in args else (*TINY, "--data.corpus", text_file, *STILL)
+        assert nursery.run(tmp_path / name, "fit", *fresh, *args, **how) == 0, nursery.log.read_text()
+        assert "Warning" not in nursery.log.read_text()
+        (last,) = tmp_path.glob(f"{name}/checkpoints/*/*/checkpoints/last.ckpt")  # one run, whoever took part in it
+        return checkpoint.read(last)
+
+    return fit
 
 
 def assert_same(a, b):
     assert a["global_step"] == b["global_step"] and a["state_dict"].keys() == b["state_dict"].keys()
-    assert a["val_loss"] == pytest.approx(b["val_loss"], rel=1e-5)
+    assert a["val_loss"] == pytest.approx(b["val_loss"], rel=1e-6)  # which is summed up in float32
     for name, weight in a["state_dict"].items():
-        torch.testing.assert_close(weight, b["state_dict"][name], rtol=0, atol=1e-5)
+        assert weight.dtype == torch.float64
+        torch.testing.assert_close(weight, b["state_dict"][name], rtol=0, atol=1e-12)
+    for mine, theirs in zip(moments(a), moments(b), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=0, atol=1e-12)
 
 
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory, text_file):
-    return fit(tmp_path_factory.mktemp("alone"), text_file, "--trainer.max_steps", 9)
+def moments(saved):
+    """What the optimizer knows of each parameter, in the order of its groups."""
+    (optimizer,) = saved["optimizer_states"]
+    states = (optimizer["state"][k] for group in optimizer["param_groups"] for k in group["params"])
+    return [state[name] for state in states for name in sorted(state)]
 
 
-def in_parts(folder, text_file, *middle):
-    fit(folder, text_file, "--trainer.max_steps", 3)
-    fit(folder, text_file, "--ckpt_path", "last", "--trainer.max_steps", 6, *middle)
-    return fit(folder, text_file, "--ckpt_path", "last", "--trainer.max_steps", 9, "--trainer.strategy", "auto")
+@pytest.mark.parametrize(
+    "processes, strategy, settings",
+    [
+        pytest.param(2, "replicas", ADAMW, id="2 replicas, adamw"),
+        pytest.param(3, "replicas", MUON, id="3 replicas, muon"),
+        pytest.param(2, "shards", ADAMW, id="2 shards"),
+        pytest.param(4, "replicas", ADAMW, id="4 replicas, adamw", marks=pytest.mark.slow),
+        pytest.param(4, "replicas", MUON, id="4 replicas, muon", marks=pytest.mark.slow),
+        pytest.param(3, "shards", ADAMW, id="3 shards", marks=pytest.mark.slow),
+    ],
+)
+def test_several_processes_train_as_one(fit, processes, strategy, settings):
+    how = [*settings, "--trainer.max_steps=6"]
+    assert_same(fit("many", *how, f"--trainer.strategy={strategy}", processes=processes), fit("one", *how))
 
 
-@pytest.fixture(scope="module")
-def alone_in_parts(tmp_path_factory, text_file):
-    return in_parts(tmp_path_factory.mktemp("parts"), text_file)
+def logged(run):
+    """Each curve of a run, but those of its speed, as [(step, value), ...]; and how many files it wrote."""
+    board = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
+    tags = [tag for tag in board.Tags()["scalars"] if not tag.startswith("perf/")]
+    return {tag: [(e.step, e.value) for e in board.Scalars(tag)] for tag in tags}, len(list(run.rglob("*")))
 
 
-@pytest.mark.parametrize("how", [["--trainer.devices", "2"], FSDP], ids=["replicas", "sharded"])
-def test_two_processes_go_on_where_one_stopped_and_back(tmp_path, text_file, alone_in_parts, how):
-    saved = in_parts(tmp_path, text_file, *how)
-    assert_same(saved, alone_in_parts)
-    optimizers = (part["optimizer_states"][0]["state"] for part in (saved, alone_in_parts))
-    for mine, theirs in zip(*(map(dict.values, optimizers)), strict=True):
-        torch.testing.assert_close(mine["exp_avg"], theirs["exp_avg"], rtol=0, atol=1e-6)
+@pytest.mark.parametrize(
+    "ways",
+    [
+        ["1 auto", "2 replicas"],
+        ["2 shards", "3 replicas"],
+        pytest.param(["1 auto", "2 shards"], marks=pytest.mark.slow),
+    ],
+    ids=", ".join,
+)
+def test_any_number_of_processes_goes_on_where_others_stopped(fit, tmp_path, ways):
+    saved = {}
+    for run, parts in {"many": [*ways, "1 auto"], "one": ["1 auto"] * 3}.items():
+        for i, part in enumerate(parts):
+            processes, strategy = part.split()
+            how = ["--ckpt_path=last", "--trainer.devices=1"] if i else [*ADAMW, "--trainer.log_every_n_steps=1"]
+            how += [f"--trainer.strategy={strategy}", f"--trainer.max_steps={3 * i + 3}"]
+            saved[run] = fit(run, *how, processes=int(processes))
+    assert_same(saved["many"], saved["one"])
+    (many, files), (one, as_many) = (logged(tmp_path / run / "checkpoints/tiny/version_0") for run in ("many", "one"))
+    assert files == as_many and many.keys() == one.keys() and len(many["train/loss"]) == 9
+    for tag, curve in many.items():
+        assert curve == [(step, pytest.approx(value, rel=1e-5, abs=1e-6)) for step, value in one[tag]], tag
 
 
-@pytest.mark.parametrize("how", [["--trainer.devices", "2"], FSDP], ids=["replicas", "sharded"])
-def test_two_processes_train_as_one(tmp_path, text_file, alone, how):
-    assert_same(fit(tmp_path, text_file, "--trainer.max_steps", 9, *how), alone)
-    code, said = end(start(tmp_path, "generate", "--prompt", "the", "--max_new_tokens", 5))
-    assert code == 0 and said.startswith("the")
+def test_what_shards_saved_is_a_net_like_any_other(fit, nursery, tmp_path):
+    val_loss = fit("run", *ADAMW, "--trainer.strategy=shards", "--trainer.max_steps=2", processes=2)["val_loss"]
+    assert nursery.run(tmp_path / "run", "generate", "--prompt", "the", "--max_new_tokens", "5") == 0
+    assert "\nthe" in nursery.log.read_text()
+    for how in {}, {"processes": 2}, {"processes": 3}:
+        assert nursery.run(tmp_path / "run", "validate", "--trainer.accelerator=cpu", **how) == 0
+        said = nursery.log.read_text().split("val/loss")[-1].split()
+        assert float(said[1]) == pytest.approx(val_loss, rel=1e-6)
 
 
-@pytest.mark.parametrize("strategy", ["auto", "shards"])
-def test_three_processes_train_as_one(tmp_path, text_file, strategy):
-    how = THREE if strategy == "auto" else [*THREE, "--model.optimizer", "adamw"]
-    many = fit(tmp_path / "3", text_file, *how, "--trainer.strategy", strategy, "--trainer.devices", 3)
-    assert_same(many, fit(tmp_path / "1", text_file, *how))
-
-
+@pytest.mark.slow
 def test_sharded_matrices_are_not_for_muon(tmp_path, text_file):
-    args = ["fit", *TINY, "--data.corpus", text_file, *STILL, *FSDP, "--model.optimizer", "muon"]
-    code, said = end(start(tmp_path, *args))
+    args = ["fit", *TINY, "--data.corpus", text_file, "--config", "fsdp", "--trainer.devices", "2"]
+    code, said = end(start(tmp_path, *args, "--model.optimizer", "muon"))
     assert code == 2 and "take adamw" in said and "Traceback" not in said
 
 
@@ -125,6 +155,7 @@ def training(process, folder):
 LONG = ["--trainer.max_steps", "1000000", "--save_every_n_steps", "20", "--trainer.val_check_interval", "1000000"]
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_stops_all_and_saves(tmp_path, text_file):
     process = start(tmp_path, "fit", *TINY, "--data.corpus", text_file, *LONG, "--trainer.devices", "2")
     training(process, tmp_path)
@@ -135,6 +166,7 @@ def test_a_signal_to_one_stops_all_and_saves(tmp_path, text_file):
     assert checkpoint.read(next(tmp_path.rglob("last.ckpt")))["global_step"] == step
 
 
+@pytest.mark.slow
 def test_when_one_dies_the_other_ends_and_what_was_saved_is_good(tmp_path, text_file):
     process = start(tmp_path, "fit", *TINY, "--data.corpus", text_file, *LONG, "--trainer.devices", "2")
     training(process, tmp_path)
@@ -146,6 +178,7 @@ def test_when_one_dies_the_other_ends_and_what_was_saved_is_good(tmp_path, text_
     assert said.count("error") == 1 and "another process of this run has ended" in said and "Traceback" not in said
 
 
+@pytest.mark.slow
 def test_no_process_outlives_the_one_that_started_it(tmp_path, text_file):
     args = ["fit", *TINY, "--data.corpus", text_file, *LONG, "--data.batch_size", "6", "--trainer.devices", "3"]
     process = start(tmp_path, *args)
@@ -158,6 +191,7 @@ def test_no_process_outlives_the_one_that_started_it(tmp_path, text_file):
     assert len(children) == 2 and not any(os.path.exists(f"/proc/{child}/exe") for child in children)
 
 
+@pytest.mark.slow
 def test_a_batch_that_cannot_be_shared_is_said_once(tmp_path, text_file):
     code, said = end(start(tmp_path, "fit", *TINY, "--data.corpus", text_file, "--trainer.devices", "3"))
     assert code == 2 and "data.batch_size=8 can't be shared equally by 3 devices: take 6 or 9" in said
@@ -178,6 +212,7 @@ def port():
         yield taken
 
 
+@pytest.mark.slow
 def test_a_port_that_is_taken_is_named(tmp_path, text_file, port):
     number = port.getsockname()[1]
     code, said = end(as_torchrun_would(tmp_path, text_file, 0, number))
@@ -185,6 +220,7 @@ def test_a_port_that_is_taken_is_named(tmp_path, text_file, port):
     assert "Traceback" not in said
 
 
+@pytest.mark.slow
 def test_processes_with_other_software_end_and_say_so(tmp_path, text_file, port):
     number = port.getsockname()[1]
     port.close()

@@ -1,14 +1,12 @@
 """Whatever happens to a run, it loses nothing that was saved, and what goes on is to the bit what would have been."""
 
 import io
-import json
 import os
 import pickle
 import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 import zipfile
 from contextlib import suppress
@@ -27,63 +25,6 @@ from lightning_gpt.data import TinyShakespeare
 from lightning_gpt.generation import generate
 from lightning_gpt.main import main
 from lightning_gpt.saving import SafeIO
-
-# a process that has imported everything and forks for each command line: a run in half a second
-NURSERY = """
-import json, os, resource, sys, traceback
-import torch
-torch.set_num_threads(1)
-import lightning_gpt.cli  # main would import it, and Lightning, only when it is needed
-from lightning_gpt.main import main
-for line in sys.stdin:
-    args, folder, log, limit = json.loads(line)
-    pid = os.fork()
-    if pid == 0:
-        file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        os.dup2(file, 1), os.dup2(file, 2), os.chdir(folder)
-        if limit:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-        try:
-            main(args)
-            code = 0
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        except BaseException:
-            traceback.print_exc()
-            code = 70
-        sys.stdout.flush(), sys.stderr.flush()
-        os._exit(code)
-    print(pid, flush=True)
-    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
-"""
-
-
-class Nursery:
-    def __init__(self):
-        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.process = subprocess.Popen([sys.executable, "-c", NURSERY], **pipes)
-
-    def start(self, folder, *args, limit=0):
-        self.log = Path(folder) / "log.txt"
-        line = json.dumps([[str(arg) for arg in args], str(folder), str(self.log), limit])
-        print(line, file=self.process.stdin, flush=True)
-        return int(self.process.stdout.readline())
-
-    def end(self):
-        return int(self.process.stdout.readline())
-
-    def run(self, folder, *args, **how):
-        self.start(folder, *args, **how)
-        return self.end()
-
-
-@pytest.fixture(scope="module")
-def nursery():
-    nursery = Nursery()
-    yield nursery
-    nursery.process.stdin.close()
-    nursery.process.wait()
-
 
 # everything that has a state: dropout, accumulation, Muon, an average, a schedule; validations that fall between saves
 HARD = {
