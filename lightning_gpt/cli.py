@@ -19,7 +19,7 @@ from torch import distributed as dist
 
 from . import callbacks, checkpoint, main
 from .data import TinyShakespeare
-from .distributed import Lost, lost_another, several_devices
+from .distributed import Lost, lost_another, refuse_other_numbers, several_devices
 from .main import complain, program
 from .saving import SafeIO, Save, SaveConfig, StopOnSignal, Stopped
 from .settings import (
@@ -153,13 +153,16 @@ class CLI(LightningCLI):
                 kwargs["strategy"] = "replicas"
         kwargs["callbacks"] = watchers + list(self.config_init[self.config.subcommand].trainer.callbacks or [])
         try:
-            return super().instantiate_trainer(**kwargs)
+            trainer = super().instantiate_trainer(**kwargs)
         except MisconfigurationException as error:
-            if "accelerator" not in str(error).lower() and "backend" not in str(error):
+            if not any(word in str(error).lower() for word in ("accelerator", "backend", "machine only has")):
                 raise
             raise ValueError(
-                f"trainer.accelerator={given.accelerator}: {error} Take auto, or cpu, which is always there"
+                f"trainer.accelerator={given.accelerator} with trainer.devices={given.devices}: "
+                f"{' '.join(str(error).split())} Take auto for both; the accelerator cpu is always there"
             ) from None
+        refuse_other_numbers(trainer)
+        return trainer
 
     def before_fit(self) -> None:
         self.datamodule.refuse_unequal_shares(self.trainer.world_size)  # here, before Lightning starts the others
@@ -257,7 +260,7 @@ def train(args: list[str], cli: type[CLI] = CLI) -> None:
         sys.exit(128 + stop.signum)
     except Lost:
         complain(
-            "another process of this run has ended; see what it said. What was saved is whole: go on with\n"
+            "another process of this run has ended or hangs; see what it said. What was saved is whole: go on with\n"
             f"  {program()} fit --ckpt_path last"
         )
         sys.exit(1)
@@ -270,4 +273,4 @@ def train(args: list[str], cli: type[CLI] = CLI) -> None:
         complain(". ".join([str(error), *getattr(error, "__notes__", [])]))
         sys.exit(1)
     except MisconfigurationException as error:
-        raise ValueError(str(error)) from None
+        raise ValueError(" ".join(str(error).split())) from None

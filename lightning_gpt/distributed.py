@@ -31,7 +31,7 @@ def several_devices(trainer) -> bool:
 
 
 class Lost(Exception):
-    """Another process of the run has ended, and none can go on alone."""
+    """Another process of the run has ended or hangs, and none can go on alone."""
 
 
 def lost_another(error: Exception) -> bool:
@@ -44,6 +44,16 @@ def end_with_the_starter() -> None:
     started = os.environ.get("LOCAL_RANK", "0") != "0" or "TORCHELASTIC_RUN_ID" in os.environ
     if sys.platform == "linux" and started:
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+def refuse_other_numbers(trainer: L.Trainer) -> None:
+    """Raises ValueError if torchrun started more or fewer processes than the Trainer takes; each might train alone."""
+    started, devices, nodes = int(os.environ.get("WORLD_SIZE", 1)), trainer.num_devices, trainer.num_nodes
+    if "TORCHELASTIC_RUN_ID" in os.environ and started != devices * nodes:
+        raise ValueError(
+            f"torchrun started {started} process{'es' * (started > 1)}, but {devices} x {nodes} make up the run, which "
+            "are trainer.devices and trainer.num_nodes: give torchrun the same --nproc_per_node and --nnodes"
+        )
 
 
 def refuse_other_versions() -> None:

@@ -175,7 +175,11 @@ def test_when_one_dies_the_other_ends_and_what_was_saved_is_good(tmp_path, text_
     code, said = end(process, 60)
     assert code != 0
     assert checkpoint.read(next(tmp_path.rglob("last.ckpt")))["global_step"] > 0
-    assert said.count("error") == 1 and "another process of this run has ended" in said and "Traceback" not in said
+    assert (
+        said.count("error") == 1
+        and "another process of this run has ended or hangs" in said
+        and "Traceback" not in said
+    )
 
 
 @pytest.mark.slow
@@ -196,6 +200,19 @@ def test_a_batch_that_cannot_be_shared_is_said_once(tmp_path, text_file):
     code, said = end(start(tmp_path, "fit", *TINY, "--data.corpus", text_file, "--trainer.devices", "3"))
     assert code == 2 and "data.batch_size=8 can't be shared equally by 3 devices: take 6 or 9" in said
     assert said.count("\n") == 1
+
+
+def test_torchrun_must_start_as_many_as_the_run_has(text_file, ckpt, fails, monkeypatch):
+    for name, value in {"TORCHELASTIC_RUN_ID": "test", "WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}.items():
+        monkeypatch.setenv(name, value)
+    said = fails("fit", *TINY, "--data.corpus", text_file)
+    assert "torchrun started 2 processes, but 1 x 1 make up the run" in said
+    assert "3 x 1" in fails("validate", "--ckpt_path", ckpt, "--trainer.devices=3", "--trainer.accelerator=cpu")
+
+
+def test_devices_that_are_not_there_are_named(text_file, fails):
+    said = fails("fit", *TINY, "--data.corpus", text_file, "--trainer.devices=0")
+    assert "trainer.devices=0" in said and "Take auto for both" in said
 
 
 def as_torchrun_would(folder, text_file, rank, port, **how):
