@@ -25,6 +25,7 @@ from .data import RandomWindows, TinyShakespeare
 from .main import run
 from .model import GPT
 from .optim import Muon
+from .tokenizer import TokenIds
 from .training import LanguageModel, loss_of_features
 
 WARM_UP = 20  # steps for compiling, recording and the first log
@@ -118,7 +119,12 @@ class Bench(CLI):
         parser.add_argument("--bench.json", type=bool, default=False, help="Print JSON instead of a table.")
         parser.set_defaults({"trainer.limit_val_batches": 0, "trainer.enable_checkpointing": False})
 
-    def before_fit(self) -> None: ...
+    def before_instantiate_classes(self) -> None:
+        if self.config.fit.bench.vocab_size:
+            self.config.fit.data.token_kinds = None  # gpt2.yaml has it for its files of tokens
+
+    def before_fit(self) -> None:
+        self.datamodule.refuse_unequal_shares(self.trainer.world_size)
 
     def after_fit(self) -> None: ...
 
@@ -126,13 +132,19 @@ class Bench(CLI):
         ask, trainer = self.config.fit.bench, self.trainer
         if model.hparams.rung:
             raise ValueError(f"model.rung={model.hparams.rung} is there to be read: the bench is the GPT's")
+        if (n := trainer.accumulate_grad_batches) > 1:
+            raise ValueError(f"trainer.accumulate_grad_batches={n}: the bench times steps of one batch, so give 1")
         if ask.vocab_size:
+            datamodule.tokenizer = TokenIds(ask.vocab_size)
             datamodule.train_tokens = torch.randint(ask.vocab_size, (10_000_000,), dtype=torch.int32)
             model = LanguageModel(**{**model.hparams, "vocab_size": ask.vocab_size})
         clock = Clock()
         trainer.callbacks.append(clock)
         trainer.fit_loop.epoch_loop.max_steps = WARM_UP + ask.steps
         trainer.fit(model, datamodule)
+        taken, filled = math.nan, math.nan
+        if torch.cuda.is_available():  # at most, of this GPU; before the bare loop takes its own
+            taken, filled = torch.cuda.max_memory_reserved() / 2**30, torch.cuda.max_memory_allocated() / 2**30
         del model.captured, model.batch  # their memory is for the bare loop now
         model.recorded_result = None
         if torch.cuda.is_available():
@@ -151,14 +163,14 @@ class Bench(CLI):
             speed = tokens * ask.steps / seconds
             mfu = speed * flops_per_token(cast(GPT, lm.net)) / rate / trainer.world_size
             rows[name] = {"ms_per_step": 1e3 * seconds / ask.steps, "tokens_per_second": speed, "mfu": mfu}
-        gib = torch.cuda.max_memory_reserved() / 2**30 if device.type == "cuda" else math.nan
         result: dict[str, Any] = {
             "parameters": sum(p.numel() for p in lm.net.parameters()),
             "device": torch.cuda.get_device_name()
             if device.type == "cuda"
             else f"CPU, {torch.get_num_threads()} threads",
             "matmul_tflops": rate / 1e12,
-            "memory_gib": gib,
+            "memory_gib": taken,
+            "tensors_gib": filled,
             "trainer_over_bare": clock.seconds / seconds_of.get("bare loop", math.nan),
             "devices": trainer.world_size,
             **rows,
@@ -167,7 +179,7 @@ class Bench(CLI):
             print(json.dumps(result))
             return
         size = f"{result['parameters'] / 1e6:.2f}M parameters"
-        memory = f", {result['memory_gib']:.1f} GiB" if device.type == "cuda" else ""
+        memory = f", {taken:.1f} GiB of each GPU, {filled:.1f} of them tensors" if device.type == "cuda" else ""
         print(
             f"{result['devices']} x {result['device']}, {rate / 1e12:,.1f} TFLOP/s in a matrix product; {size}{memory}"
         )
