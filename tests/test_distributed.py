@@ -24,9 +24,9 @@ ADAMW = [*HARD, "--model.n_layer=2", "--trainer.accumulate_grad_batches=2"]
 MUON = [*HARD, "--model.n_layer=3", "--model.optimizer=muon", "--model.norm=rms", "--model.position=rotary"]
 
 
-def start(folder, *args, path=(), **env):
+def start(folder, *args, path=(), module="lightning_gpt", **env):
     """A command line in processes of its own, so that it can be waited for and ended as a whole."""
-    command = [sys.executable, "-m", "lightning_gpt", *map(str, args)]
+    command = [sys.executable, "-m", module, *map(str, args)]
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join([*path, *sys.path])} | env
     return subprocess.Popen(
         command,
@@ -248,3 +248,12 @@ def test_processes_with_other_software_end_and_say_so(tmp_path, text_file, port)
     both = [as_torchrun_would(tmp_path, text_file, r, number, path=[str(package.parent)] if r else []) for r in (0, 1)]
     for code, said in map(end, both):
         assert code == 2 and "rank 1 Python" in said and "lightning-gpt 9.9. Install the same" in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["replicas", "shards"])
+def test_the_bench_times_two_processes(tmp_path, strategy):
+    how = ["--trainer.accumulate_grad_batches=1", "--trainer.devices=2", f"--trainer.strategy={strategy}"]
+    args = [*TINY, "--config=gpt2", *TINY, *how, "--model.compile=false", "--bench.vocab_size=300", "--bench.steps=40"]
+    code, said = end(start(tmp_path, *args, "--trainer.precision=32-true", module="lightning_gpt.bench"))
+    assert code == 0 and said.count("\nTrainer ") == 1 and "2 x CPU" in said and "Traceback" not in said, said
