@@ -107,8 +107,8 @@ def logged(run):
     "ways",
     [
         ["1 auto", "2 replicas"],
-        ["2 shards", "3 replicas"],
-        pytest.param(["1 auto", "2 shards"], marks=pytest.mark.slow),
+        ["3 replicas", "2 shards"],
+        pytest.param(["2 shards", "3 replicas"], marks=pytest.mark.slow),
     ],
     ids=", ".join,
 )
