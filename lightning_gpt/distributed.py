@@ -5,7 +5,7 @@ import os
 import platform
 import signal
 import sys
-from typing import Any
+from typing import Any, cast
 
 import lightning as L
 import torch
@@ -95,10 +95,20 @@ class Replicas(DDPStrategy):
 
     def average(self, tensors: list[Tensor]) -> None:
         """Each tensor becomes its mean over all ranks, in place."""
+        if dist.get_backend() == "nccl":
+            with dist._coalescing_manager():  # one message, and nothing is copied for it
+                for tensor in tensors:
+                    dist.all_reduce(tensor, op=dist.ReduceOp.AVG)
+            return
         flat = torch.cat([tensor.flatten() for tensor in tensors])
         dist.all_reduce(flat)
         means = (flat / self.world_size).split([tensor.numel() for tensor in tensors])
         torch._foreach_copy_(tensors, [mean.view_as(tensor) for mean, tensor in zip(means, tensors, strict=True)])
+
+    def teardown(self) -> None:
+        # NCCL waits at the end for each graph that holds a message of its own
+        cast(Any, self.lightning_module).captured = None
+        super().teardown()
 
 
 def shard(net: GPT, mesh: DeviceMesh) -> None:
@@ -109,8 +119,8 @@ def shard(net: GPT, mesh: DeviceMesh) -> None:
     for block in net.h:
         fully_shard(block, mesh=mesh)
     fully_shard(net, mesh=mesh)
-    for entrance in "features", "logits":  # we call the net there too, and it has to fetch its weights first
-        register_fsdp_forward_method(net, entrance)
+    # we call the net there too, and it has to fetch its weights first; the head's then stay for `logits`
+    register_fsdp_forward_method(net, "features")
 
 
 def whole(tensor: Tensor) -> Tensor:
