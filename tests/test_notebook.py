@@ -25,6 +25,8 @@ def test_it_runs_from_top_to_bottom(tmp_path, monkeypatch):
     assert len(pictures) == 3 and all(picture.metadata["image/png"]["alt"] for picture in pictures)
     assert any("tensorboard-frame" in output.get("data", {}).get("text/html", "") for output in outputs)
     assert not [output.text for output in outputs if output.get("name") == "stderr"]
+    said = "".join(output.text for output in outputs if output.get("name") == "stdout")
+    assert "[46, 47, 47, 1, 58, 46, 43, 56, 43] -> hii there" in said  # the lecture's numbers, and so the data's
 
 
 def test_it_is_stored_without_outputs():
