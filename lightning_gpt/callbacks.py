@@ -209,18 +209,19 @@ class ValidateAtTheEnd(L.Callback):
 
 
 class Progress(TQDMProgressBar):
-    """One bar with losses, the best so far, speed and time left; where no terminal is, a plain line now and then."""
+    """One bar with losses, the best so far, speed and time left; in a pipe or a file, a plain line now and then."""
 
     SECONDS = 10  # between two plain lines
 
     def __init__(self):
         super().__init__(refresh_rate=10)
-        self.on_terminal = sys.stdout.isatty()
+        in_notebook = type(sys.stdout).__module__.startswith("ipykernel")  # which is no terminal, and draws bars
+        self.has_bar = sys.stdout.isatty() or in_notebook
         self.last_line = time.monotonic()
 
     @property
     def is_enabled(self) -> bool:
-        return super().is_enabled and self.on_terminal
+        return super().is_enabled and self.has_bar
 
     def init_validation_tqdm(self) -> Tqdm:
         return Tqdm(disable=True)  # one bar is enough
@@ -259,14 +260,14 @@ class Progress(TQDMProgressBar):
         self.last_line = time.monotonic()
 
     def on_train_batch_end(self, trainer: L.Trainer, lm: L.LightningModule, outputs, batch, batch_idx: int) -> None:
-        if self.on_terminal:
+        if self.has_bar:
             super().on_train_batch_end(trainer, lm, outputs, batch, batch_idx)
         elif trainer.is_global_zero and time.monotonic() - self.last_line > self.SECONDS:
             self.plain_line(trainer, lm)
 
     def on_validation_end(self, trainer: L.Trainer, lm: L.LightningModule) -> None:
         super().on_validation_end(trainer, lm)
-        if trainer.sanity_checking or self.on_terminal or trainer.state.fn != "fit":
+        if trainer.sanity_checking or self.has_bar or trainer.state.fn != "fit":
             return
         if trainer.is_global_zero:
             self.plain_line(trainer, lm)

@@ -1,6 +1,7 @@
 """The notebook runs from top to bottom, and is stored as it was written."""
 
 import os
+import re
 from pathlib import Path
 
 import nbformat
@@ -27,6 +28,8 @@ def test_it_runs_from_top_to_bottom(tmp_path, monkeypatch):
     assert not [output.text for output in outputs if output.get("name") == "stderr"]
     said = "".join(output.text for output in outputs if output.get("name") == "stdout")
     assert "[46, 47, 47, 1, 58, 46, 43, 56, 43] -> hii there" in said  # the lecture's numbers, and so the data's
+    bar = [line for line in re.split("[\r\n]", said) if line.startswith("Training: 100%")][-1]
+    assert all(f"{name}=" in bar for name in ("loss", "val", "best", "tokens/s")) and "Validation" not in said
 
 
 def test_it_is_stored_without_outputs():
