@@ -31,7 +31,7 @@ class LookInside(L.Callback):
 
     PROJECTED = 10_000  # embeddings, at most; the projector gets slow with more
 
-    def __init__(self, passage: str | None = None, every_n_validations: int = 1, shown: int = 40):
+    def __init__(self, passage: str | None = None, every_n_validations: int = 1, shown: int = 32):
         for name, value in {"every_n_validations": every_n_validations, "shown": shown}.items():
             if value < 1:
                 raise ValueError(f"LookInside's {name}={value} must be 1 or more")

@@ -13,6 +13,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -115,21 +116,21 @@ def draw_attention(maps: Tensor, labels: Sequence[str], title: str) -> Figure:
     """One panel for each head of maps (H, T, T)."""
     H, T = maps.shape[:2]
     columns = H if H <= 3 else math.ceil(math.sqrt(H))
-    rows, side, gap = math.ceil(H / columns), max(0.105 * T, 1.0), 0.4  # in inches
-    width, height = columns * (side + gap) + gap, rows * (side + gap) + 0.4
+    rows, side, gap = math.ceil(H / columns), max(0.14 * T, 1.0), 0.4  # in inches
+    width, height = columns * (side + gap) + gap, rows * (side + gap) + 0.45
     figure = Figure(figsize=(max(width, 7), height), dpi=DPI)  # laid out by hand, as it takes half the time
-    figure.suptitle(f"{title}: a row is a character that looks, dark is where it looks", fontsize=11)
+    figure.suptitle(f"{title}: a row is a character that looks, dark is where it looks", fontsize=13)
     for h in range(H):
         left, top = gap + h % columns * (side + gap), 0.65 + h // columns * (side + gap)
         place = (left / figure.get_figwidth(), 1 - (top + side) / height, side / figure.get_figwidth(), side / height)
         panel = figure.add_axes(place)
         panel.imshow(maps[h].float().cpu().numpy(), cmap="Blues", norm=PowerNorm(0.5, 0, 1))
-        panel.set_title(f"head {h + 1}", fontsize=9, pad=3)
+        panel.set_title(f"head {h + 1}", fontsize=11, pad=3)
         panel.set_xticks([])
         panel.set_yticks([])
         for t, text in enumerate(labels):  # not as ticks, which take twice as long
-            panel.text(t, T - 0.3, text[:4], ha="center", va="top", fontsize=7)
-            panel.text(-0.7, t, text[:4], ha="right", va="center", fontsize=7)
+            panel.text(t, T - 0.3, text[:4], ha="center", va="top", fontsize=9)
+            panel.text(-0.7, t, text[:4], ha="right", va="center", fontsize=9)
     return figure
 
 
@@ -237,6 +238,8 @@ def draw_curves(curves: dict[str, Curve], title: str, unit: str, log: bool = Fal
             ax.annotate(f"{value:.3f}", (step, value), (0, 6), textcoords="offset points", fontsize=9, ha="right")
     if log:
         ax.set_yscale("log")
+    elif all(float(value).is_integer() for points in curves.values() for _, value in points):
+        ax.yaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))  # there is no half a token
     ax.set_xlabel("step")
     ax.set_ylabel(unit)
     ax.grid(alpha=0.25)
