@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 TINY_SHAKESPEARE = Path(__file__).parent / "corpus" / "tiny_shakespeare.txt"
 SAMPLES_SHOWN = 8  # of each prompt, spread over the run
-SHOWN = 40  # characters in the figures of attention
+SHOWN = 32  # characters in the figures of attention
 
 
 @dataclass
@@ -167,7 +167,7 @@ p { margin: 8px 0; max-width: 75ch; }
 .soft, figcaption { color: var(--soft); font-size: 14px; }
 .cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(125px, 1fr)); gap: 12px; margin: 20px 0; }
 .card, figure, .box { background: #fff; border: 1px solid var(--line); border-radius: 8px; padding: 12px; margin: 0; }
-.card b { display: block; font-size: 22px; font-variant-numeric: tabular-nums; }
+.card b { display: block; font-size: 19px; white-space: nowrap; font-variant-numeric: tabular-nums; }
 .grid { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 480px), 1fr)); gap: 12px; }
 .wide { overflow-x: auto; margin: 12px 0; }
 img { display: block; max-width: 100%; height: auto; margin: 0 auto; }
@@ -180,7 +180,12 @@ td { font-variant-numeric: tabular-nums; overflow-wrap: anywhere; }
 th { white-space: nowrap; }
 .note { border-left: 4px solid #d29a1c; background: #fff8e6; padding: 8px 12px; }
 summary { cursor: pointer; color: var(--accent); }
-@media (max-width: 700px) { .wide img { max-width: none; width: 720px; } .wide table { min-width: 640px; } }
+.title { display: none; }
+@media (max-width: 700px) {
+  .wide img { max-width: none; width: max(100%, 720px); }
+  .wide table { min-width: 640px; }
+  .wide .title { display: block; position: sticky; left: 0; }
+}
 """
 
 
@@ -201,8 +206,12 @@ class Page:
         title = drawn.get_suptitle()
         below = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
         source = base64.b64encode(buffer.getvalue()).decode()
-        kind = ' class="wide"' if wide else ""
-        self.add(f'<figure{kind}><img alt="{escape(title)}" src="data:image/png;base64,{source}">{below}</figure>')
+        kind, above = "", ""
+        if wide and drawn.get_figwidth() > 6:  # on a phone larger than the page, so its title is words as well
+            kind, above = ' class="wide"', f'<figcaption class="title">{escape(title)} (scroll sideways)</figcaption>'
+        self.add(
+            f'<figure{kind}>{above}<img alt="{escape(title)}" src="data:image/png;base64,{source}">{below}</figure>'
+        )
 
     def write(self) -> Path:
         path = self.folder / "report.html"
@@ -238,7 +247,11 @@ def parameters(run: Run) -> str:
     size = sum(w.numel() for name, w in weights.items() if name.startswith("net."))
     if (run.saved or {}).get("hyper_parameters", {}).get("tie_embeddings"):
         size -= weights["net.lm_head.weight"].numel()
-    return f"{size / 1e6:.2f}M" if size else "–"
+    return f"{size / 1e6:.2f}M" if size >= 1e5 else f"{size:,}" if size else "–"
+
+
+def hardware(run: Run) -> str:
+    return run.texts.get("hardware", [(0, "not recorded")])[-1][1]
 
 
 def summary(run: Run) -> dict[str, str]:
@@ -274,7 +287,7 @@ def add_curves(page: Page, run: Run) -> None:
             "Loss",
             "nats per token",
             some("train/loss", "val/loss"),
-            "The train loss is of one batch, with dropout.",
+            "The train loss is of one batch, with dropout if there is any.",
         ),
         (
             "gap",
@@ -285,12 +298,18 @@ def add_curves(page: Page, run: Run) -> None:
         ),
         ("rates", "Learning rates", "rate", some("train/lr", "train/muon_lr"), ""),
         ("gradient", "Norm of the gradient", "norm, before it is clipped", some("train/grad_norm"), ""),
-        ("ratios", "Update over weights, per layer", "share", {tag[13:]: c for tag, c in ratios.items()}, ""),
+        (
+            "ratios",
+            "Update over weights, per layer",
+            "share",
+            {tag[13:]: c for tag, c in ratios.items()},
+            "AdamW: 0.001 or so.",
+        ),
         ("speed", "Speed", "tokens per second", some("perf/tokens_per_second"), ""),
         (
             "copies",
             "Longest run copied",
-            "characters",
+            "tokens",
             some("samples/longest_copy"),
             "Word for word from the training text.",
         ),
@@ -340,8 +359,8 @@ def add_inside(page: Page, run: Run) -> None:
     values, worst = losses(net, ids), math.log(len(tokenizer)) + 1
     letters = []
     for i, value in zip(ids[1:].tolist(), values.tolist(), strict=True):
-        red = 100 - 50 * min(1.0, value / worst)
-        colour = f"background:hsl(12 85% {red:.0f}%)" + (";color:#fff" if red < 62 else "")
+        red = 100 - 45 * min(1.0, value / worst)
+        colour = f"background:hsl(12 85% {red:.0f}%)"
         sign = label(tokenizer, i)
         wrap = "<br>" if sign == "↵" else "<wbr>" if sign == "␣" else ""
         letters.append(f'<span style="{colour}" title="{value:.2f} nats">{escape(sign)}</span>{wrap}')
@@ -354,14 +373,13 @@ def add_inside(page: Page, run: Run) -> None:
 
 
 def add_repeat(page: Page, run: Run) -> None:
-    hardware = run.texts.get("hardware", [(0, "not recorded")])[-1][1]
     place, me = os.path.relpath(run.folder), program()
     commands = [f"{me} fit --config {place}/config.yaml"]
     if run.ckpt is not None:
         path = os.path.relpath(run.ckpt)
         commands += [f"{me} validate --ckpt_path {path}", f"{me} generate --ckpt_path {path}"]
     page.add(
-        f"<h2>Hardware and config</h2><p>{escape(hardware)}</p><h3>To repeat it, measure it, hear it</h3>"
+        f"<h2>Hardware and config</h2><p>{escape(hardware(run))}</p><h3>To repeat it, measure it, hear it</h3>"
         f"<div class=box><pre>{escape(chr(10).join(commands))}</pre></div><h3>Config</h3><details class=box>"
         f"<summary>config.yaml</summary><pre>{escape(run.config)}</pre></details>"
     )
@@ -370,7 +388,7 @@ def add_repeat(page: Page, run: Run) -> None:
 def add_comparison(page: Page, runs: list[Run]) -> None:
     from .plots import draw_curves
 
-    columns = [summary(run) for run in runs]
+    columns = [summary(run) | {"hardware": hardware(run)} for run in runs]
     head = "".join(f"<th>{escape(run.name)}</th>" for run in runs)
     rows = "".join(
         f"<tr><th>{escape(row)}</th>" + "".join(f"<td>{escape(column[row])}</td>" for column in columns) + "</tr>"
@@ -383,7 +401,7 @@ def add_comparison(page: Page, runs: list[Run]) -> None:
         ("val/loss", "Validation loss", "nats per token"),
         ("train/loss", "Train loss", "nats per token"),
         ("perf/tokens_per_second", "Speed", "tokens per second"),
-        ("samples/longest_copy", "Longest run copied", "characters"),
+        ("samples/longest_copy", "Longest run copied", "tokens"),
     ):
         curves = {
             f"{run.name} {tag}" if "val" in tag else run.name: run.curves[tag] for run in runs if tag in run.curves
