@@ -5,6 +5,7 @@ import json
 import math
 import re
 import shutil
+import subprocess
 import sys
 from html.parser import HTMLParser
 
@@ -199,11 +200,12 @@ class Seen(HTMLParser):
 
     def __init__(self, html):
         super().__init__()
-        self.open, self.sources, self.text = [], [], ""
+        self.open, self.tags, self.sources, self.text = [], set(), [], ""
         self.feed(html)
         assert not self.open
 
     def handle_starttag(self, tag, attrs):
+        self.tags.add(tag)
         self.sources += [value for name, value in attrs if name in ("src", "href")]
         if tag not in self.EMPTY:
             self.open.append(tag)
@@ -235,6 +237,7 @@ def test_a_report_is_one_page_that_needs_nothing_else(watched, tmp_path, capsys)
     page = page_of(tmp_path, watched)
     pictures = {base64.b64decode(s.removeprefix("data:image/png;base64,")) for s in page.sources if len(s) > 9}
     assert all(source.startswith("data:") for source in page.sources) and "http" not in page.text
+    assert "script" not in page.tags
     assert pictures == {file.read_bytes() for file in (tmp_path / "page").glob("*.png")} and len(pictures) == 11
     assert (tmp_path / "page" / "attention_layer_01.png").exists()
     values, _ = scalars(watched)
@@ -246,6 +249,32 @@ def test_a_report_is_one_page_that_needs_nothing_else(watched, tmp_path, capsys)
     for tag in "val/loss", "samples/longest_copy":
         assert [step for step, _ in read(watched).curves[tag]] == [2, 4, 5]  # as the Trainer counts them
     assert "page/report.html" in capsys.readouterr().out
+
+
+FRAME = """<iframe src="page/report.html" width={width} height="900" style="border: 0"></iframe><pre></pre><script>
+onload = () => {{
+  const page = document.querySelector("iframe").contentDocument
+  const shown = [...page.images].filter(image => image.complete && image.naturalWidth && image.clientWidth > 250)
+  const root = page.documentElement
+  document.querySelector("pre").textContent = "saw " + [shown.length, root.scrollWidth - root.clientWidth]
+}}
+</script>"""
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+@pytest.mark.skipif(BROWSER is None, reason="there is no Chromium here")
+@pytest.mark.parametrize("width", [1280, 390])
+def test_a_browser_shows_every_figure_and_complains_of_nothing(width, watched, tmp_path):
+    page_of(tmp_path, watched)
+    (tmp_path / "frame.html").write_text(FRAME.format(width=width))
+    how = ["--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files", "--enable-logging=stderr"]
+    how += [f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=5000", "--dump-dom"]
+    done = subprocess.run(
+        [BROWSER, *how, (tmp_path / "frame.html").as_uri()], capture_output=True, text=True, timeout=120
+    )
+    pictures = len(list((tmp_path / "page").glob("*.png")))
+    assert f"saw {pictures},0<" in done.stdout  # and nothing but the figures scrolls sideways
+    assert "CONSOLE" not in done.stderr
 
 
 def test_runs_side_by_side_show_where_they_differ(watched, run, tmp_path):
