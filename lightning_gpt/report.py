@@ -251,7 +251,7 @@ def parameters(run: Run) -> str:
 
 
 def hardware(run: Run) -> str:
-    return run.texts.get("hardware", [(0, "not recorded")])[-1][1]
+    return run.texts.get("run/hardware", [(0, "not recorded")])[-1][1]
 
 
 def summary(run: Run) -> dict[str, str]:

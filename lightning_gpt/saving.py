@@ -176,7 +176,7 @@ class SaveConfig(SaveConfigCallback):
             next(file for file in files if not file.exists()).write_text(self.text())
             for logger in trainer.loggers:
                 if hasattr(logger.experiment, "add_text"):
-                    logger.experiment.add_text("config", f"```yaml\n{self.text()}\n```", trainer.global_step)
+                    logger.experiment.add_text("run/config", f"```yaml\n{self.text()}\n```", trainer.global_step)
 
     def on_save_checkpoint(self, trainer: L.Trainer, lm: L.LightningModule, saved: dict) -> None:
         saved["config"] = self.text()

@@ -30,13 +30,16 @@ LAYOUT = {
     "speed": {
         "tokens per second": ["Multiline", ["perf/tokens_per_second"]],
         "ms per step": ["Multiline", ["perf/ms_per_step"]],
-        "share of the GPU's peak": ["Multiline", ["perf/mfu"]],
-        "GPU memory, GiB": ["Multiline", ["perf/gpu_memory"]],
     },
     "samples": {
         "longest run copied from the training text, in tokens": ["Multiline", ["samples/longest_copy"]],
         "share of n-grams that stand in the training text": ["Multiline", ["samples/copied_share"]],
     },
+}
+
+OF_A_GPU = {
+    "share of the GPU's peak": ["Multiline", ["perf/mfu"]],
+    "GPU memory, GiB": ["Multiline", ["perf/gpu_memory"]],
 }
 
 
@@ -133,8 +136,10 @@ class Vitals(L.Callback):
         for logger in trainer.loggers:
             if not isinstance(logger, TensorBoardLogger):
                 continue
-            logger.experiment.add_custom_scalars(LAYOUT)
-            logger.experiment.add_text("hardware", hardware(cast(LanguageModel, lm)), trainer.global_step)
+            on_gpu = OF_A_GPU if lm.device.type == "cuda" else {}  # else the charts would be empty
+            logger.experiment.add_custom_scalars(LAYOUT | {"speed": LAYOUT["speed"] | on_gpu})
+            # TEXT opens its first two groups, run and samples
+            logger.experiment.add_text("run/hardware", hardware(cast(LanguageModel, lm)), trainer.global_step)
             settings = {**lm.hparams, **trainer.datamodule.hparams, "max_steps": trainer.max_steps}
             settings |= {"precision": str(trainer.precision), "devices": trainer.world_size}
             plain = {

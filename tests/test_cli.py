@@ -34,8 +34,11 @@ def test_a_run_is_one_folder_that_ends_with_a_validation_and_a_save(run):
     assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 5
     values, board = scalars(run)
     assert [step for step, _ in values["val/loss"]] == [4]  # the fifth step; val_check_interval is far beyond
-    assert {"config/text_summary", "hardware/text_summary"} < set(board.Tags()["tensors"])
+    assert {"run/config/text_summary", "run/hardware/text_summary"} < set(board.Tags()["tensors"])
     assert any(tag.startswith("samples/") for tag in board.Tags()["tensors"])
+    (layout,) = board.Tensors("custom_scalars__config__")
+    said = layout.tensor_proto.string_val[0]
+    assert b"tokens per second" in said and (b"GPU" in said) == torch.cuda.is_available()  # no charts without curves
 
 
 def test_best_is_the_lowest_and_last_the_newest(tmp_path, text_file):
