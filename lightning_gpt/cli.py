@@ -17,7 +17,7 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import distributed as dist
 
-from . import callbacks, checkpoint, main
+from . import callbacks, checkpoint, lecture, main
 from .data import TinyShakespeare
 from .distributed import Lost, lost_another, refuse_other_numbers, several_devices
 from .main import complain, program
@@ -86,6 +86,8 @@ class CLI(LightningCLI):
             self.start_from_checkpoint(parser, args, command)
         elif command == "fit" and self.config.fit.model.init_from:
             self.start_from_weights(parser, args)
+        elif command == "fit" and self.config.fit.model.rung:
+            self.start_from_rung(parser, args, self.config.fit.model.rung)
         if command == "fit":
             refuse_nonsense(self.config.fit)
 
@@ -118,6 +120,12 @@ class CLI(LightningCLI):
         self.config = parser.parse_args(["fit", f"--config={as_config}", *args[1:], f"--model.init_from={path}"])
         settings["model"]["block_size"] = min(settings["model"]["block_size"], self.config.fit.model.block_size)
         refuse_contradictions("fit", self.config.fit, settings, path)
+
+    def start_from_rung(self, parser, args: list[str], rung: str) -> None:
+        """What the rung has no choice of comes first: where it differs then, it was given, and config.yaml is right."""
+        fixed = lecture.RUNGS[rung].fixed
+        self.config = parser.parse_args(["fit", f"--config={yaml.safe_dump({'model': fixed})}", *args[1:]])
+        lecture.refuse_lacking(rung, {name: self.config.fit.model[name] for name in fixed})
 
     def _parse_ckpt_path(self) -> None:
         """Done in parse_arguments; LightningCLI would put the checkpoint's settings over the flags, in silence."""

@@ -330,6 +330,19 @@ RUNGS: dict[str, type[Rung]] = {
 BEYOND = {"tie_embeddings", "position", "norm", "qk_norm", "logit_cap", "init", "ngram", "ngram_rows", "ngram_dropout"}
 
 
+def refuse_lacking(rung: str, given: Mapping[str, Any]) -> None:
+    """Raises ValueError if one of GPTConfig's settings is given, by name, that the rung has no choice of."""
+    fixed = RUNGS[rung].fixed
+    for name, value in given.items():
+        if name in BEYOND and value != getattr(GPTConfig, name):
+            raise ValueError(f"rung={rung} has no {name}: leave {name}={value} out, or take rung=null, the GPT itself")
+        if value != fixed.get(name, value):
+            first = next(other for other, net in RUNGS.items() if name not in net.fixed)
+            raise ValueError(
+                f"rung={rung} has no choice of {name}: leave {name}={value} out, or take rung={first}, which has"
+            )
+
+
 def build(settings: Mapping[str, Any]) -> GPT | Rung:
     """The net that hyper-parameters describe: a rung of the ladder where `rung` names one, else the GPT.
 
@@ -337,7 +350,7 @@ def build(settings: Mapping[str, Any]) -> GPT | Rung:
         settings: GPTConfig's by name, those that lack are at their default, and others are left alone.
     Raises:
         ValueError: there is no such rung, or it has not what a setting is for. A setting at GPTConfig's default counts
-            as not given, for a run's config.yaml has them all.
+            as not given, for a LanguageModel has them all; the command line knows better, see `refuse_lacking`.
     """
     sizes = {field.name: settings[field.name] for field in fields(GPTConfig) if field.name in settings}
     rung = settings.get("rung")
@@ -345,19 +358,10 @@ def build(settings: Mapping[str, Any]) -> GPT | Rung:
         return GPT(GPTConfig(**sizes))
     if rung not in RUNGS:
         raise ValueError(f"rung={rung} is none of the ladder's: take {', '.join(RUNGS)}, or null for the GPT itself")
-    fixed = RUNGS[rung].fixed
-    for name, value in sizes.items():
-        default = getattr(GPTConfig, name)
-        if name in BEYOND and value != default:
-            raise ValueError(f"rung={rung} has no {name}: leave {name}={value} out, or take rung=null, the GPT itself")
-        if value not in (default, fixed.get(name, value)):
-            first = next(other for other, net in RUNGS.items() if name not in net.fixed)
-            raise ValueError(
-                f"rung={rung} has no choice of {name}: leave {name}={value} out, or take rung={first}, which has"
-            )
+    refuse_lacking(rung, {name: value for name, value in sizes.items() if value != getattr(GPTConfig, name)})
     if sizes.get("activation") not in ("relu", "gelu", None):
         raise ValueError(f"rung={rung} has activation=relu or gelu, and not {sizes['activation']}: take one of these")
-    return RUNGS[rung](GPTConfig(**sizes | fixed))
+    return RUNGS[rung](GPTConfig(**sizes | RUNGS[rung].fixed))
 
 
 def same_as(net: GPT) -> WholeGPT:

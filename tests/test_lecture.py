@@ -184,6 +184,8 @@ def test_a_checkpoint_from_before_the_ladder_is_a_gpt(ckpt, tmp_path, fails):
         ("bigram", "--model.n_head=4", "rung=bigram has no choice of n_head: leave n_head=4 out, or take rung=heads"),
         ("bigram", "--model.n_embd=64", "leave n_embd=64 out, or take rung=head, which has"),
         ("bigram", "--model.dropout=0.1", "leave dropout=0.1 out, or take rung=gpt, which has"),
+        ("bigram", "--model.n_head=6", "leave n_head=6 out"),  # the GPT's default, and yet it was given
+        ("gpt", "--model.rung=layernorm", "rung=layernorm has no choice of dropout: leave dropout=0.2 out"),
         ("head", "--model.n_head=4", "rung=head has no choice of n_head"),
         ("head", "--model.n_layer=2", "leave n_layer=2 out, or take rung=residual, which has"),
         ("head", "--model.activation=relu", "leave activation=relu out, or take rung=feedforward"),
