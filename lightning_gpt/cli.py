@@ -253,7 +253,8 @@ def train(args: list[str], cli: type[CLI] = CLI) -> None:
                 "prog": "lightning-gpt",
                 "description": "Train and validate a GPT on Tiny Shakespeare or a text of yours.",
                 "fit": {
-                    "description": "Train a model; without --config, the laptop's. --ckpt_path goes on from there."
+                    "description": "Train a model; without --config, the laptop's, or the lecture's with --model.rung. "
+                    "--ckpt_path goes on from there."
                 },
                 "validate": {"description": "The loss of a checkpoint over its whole validation split."},
                 "test": {"description": "The same figures as validate, under test/."},

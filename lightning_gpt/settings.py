@@ -104,7 +104,8 @@ def goes_on_in_its_folder(config, settings: dict, path: Path) -> bool:
 
 
 def named_configs(args: list[str]) -> list[str]:
-    """`--config laptop` means the packaged file where no such path exists; a fit without any config takes laptop."""
+    """`--config laptop` means the packaged file where no such path exists; a fit without any config takes laptop, or
+    that of the rung it names."""
     args = [part for arg in args for part in (arg.split("=", 1) if arg.startswith(("--config=", "-c=")) else [arg])]
     for i, arg in enumerate(args[1:], start=1):
         if args[i - 1] in ("--config", "-c") and not Path(arg).exists():
@@ -115,5 +116,7 @@ def named_configs(args: list[str]) -> list[str]:
                 raise FileNotFoundError(f"--config {arg} is neither a file nor one of the packaged {names}")
             args[i] = str(packaged)
     if args[:1] == ["fit"] and not {"--config", "-c", "--ckpt_path"} & {arg.split("=")[0] for arg in args}:
-        args[1:1] = ["--config", str(CONFIGS / "laptop.yaml")]
+        rung = re.search(r"--model\.rung[= ](\w+)", " ".join(args))
+        of_rung = CONFIGS / "lecture" / f"{rung[1] if rung else None}.yaml"
+        args[1:1] = ["--config", str(of_rung if of_rung.exists() else CONFIGS / "laptop.yaml")]
     return args

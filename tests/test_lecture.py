@@ -6,6 +6,7 @@ import typing
 
 import pytest
 import torch
+import yaml
 from conftest import T, V, loud
 from torch.nn import functional as F
 
@@ -166,6 +167,16 @@ def test_a_rung_is_trained_saved_resumed_and_heard_as_any_net(name, tmp_path, te
     assert f"{checkpoint.read(best)['val_loss']:.4f}"[:-1] in capsys.readouterr().out
     main(["generate", f"--ckpt_path={best}", "--prompt=the", "--max_new_tokens=30"])
     assert len(capsys.readouterr().out) == len("the") + 30 + 1
+
+
+def test_a_rung_alone_is_that_rungs_config(tmp_path, text_file):
+    small = ["--trainer.max_steps=2", "--trainer.accelerator=cpu", "--trainer.devices=1", "--sample.length=0"]
+    where = [f"--data.corpus={text_file}", f"--trainer.default_root_dir={tmp_path}"]
+    main(["fit", "--model.rung=layernorm", *small, *where])
+    saved = checkpoint.read(tmp_path / "lecture_layernorm" / "version_0" / "checkpoints" / "last.ckpt")
+    assert saved["hyper_parameters"]["rung"] == "layernorm" and saved["hyper_parameters"]["dropout"] == 0.0
+    config = yaml.safe_load((tmp_path / "lecture_layernorm" / "version_0" / "config.yaml").read_text())
+    assert config["model"]["block_size"] == 8 and config["model"]["dropout"] == 0.0
 
 
 def test_a_checkpoint_from_before_the_ladder_is_a_gpt(ckpt, tmp_path, fails):
