@@ -6,6 +6,7 @@ import logging
 import math
 import os
 import re
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from html import escape
@@ -373,10 +374,10 @@ def add_inside(page: Page, run: Run) -> None:
 
 
 def add_repeat(page: Page, run: Run) -> None:
-    place, me = os.path.relpath(run.folder), program()
-    commands = [f"{me} fit --config {place}/config.yaml"]
+    config, me = os.path.relpath(run.folder / "config.yaml"), program()
+    commands = [f"{me} fit --config {shlex.quote(config)}"]
     if run.ckpt is not None:
-        path = os.path.relpath(run.ckpt)
+        path = shlex.quote(os.path.relpath(run.ckpt))
         commands += [f"{me} validate --ckpt_path {path}", f"{me} generate --ckpt_path {path}"]
     page.add(
         f"<h2>Hardware and config</h2><p>{escape(hardware(run))}</p><h3>To repeat it, measure it, hear it</h3>"

@@ -296,12 +296,13 @@ def test_half_an_event_file_shows_what_there_is(left, watched, tmp_path):
 
 
 def test_what_is_missing_is_said(watched, tmp_path):
-    bare = tmp_path / "bare"
+    bare = tmp_path / "a run"
     bare.mkdir()
     config = (watched / "config.yaml").read_text()
     (bare / "config.yaml").write_text(config.replace("max_steps: 5", "max_steps: 5000"))
     page = page_of(tmp_path, bare)
     assert all(words in page.text for words in ("No curves", "No checkpoint", "Step 0 of 5,000", "not recorded"))
+    assert "a run/config.yaml'" in page.text  # quoted, for a shell
     moved = shutil.copytree(watched, tmp_path / "moved", ignore=shutil.ignore_patterns("config.yaml"))
     corpus = watched.parents[1] / "tags.txt"
     corpus.rename(tmp_path / "tags.txt")
