@@ -33,13 +33,29 @@ from lightning_gpt.vitals import Vitals, layer_of
 # --- nothing is changed -----------------------------------------------------------------------------------------------
 
 
+class Dice(L.Callback):
+    """Notes the global generator's state at each hook; one before and one after the watchers must note the same."""
+
+    def __init__(self):
+        self.states = []
+
+    def note(self, *_):
+        self.states.append(torch.get_rng_state())
+
+    on_train_start = on_train_batch_start = on_train_batch_end = note
+    on_validation_start = on_validation_epoch_end = on_validation_end = note
+
+
 @pytest.mark.parametrize("model", [{}, RECIPE], ids=["adamw", "muon and average"])
 def test_training_is_the_same_to_the_bit_whoever_watches(tmp_path, model):
     alone, losses_alone, _ = fit(tmp_path, 9, model=model)
     watchers = [Vitals(), Throughput(), SampleText(length=5, console_length=0), LookInside(shown=5)]
     board = TensorBoardLogger(tmp_path, "board")
-    watched, same, _ = fit(tmp_path, 9, model=model, callbacks=watchers, logger=board, log_every_n_steps=2)
+    before, after = Dice(), Dice()
+    how = dict(callbacks=[before, *watchers, after], logger=board, log_every_n_steps=2)
+    watched, same, _ = fit(tmp_path, 9, model=model, **how)
     assert same == losses_alone and all(torch.equal(watched[name], alone[name]) for name in alone)
+    assert all(map(torch.equal, before.states, after.states)) and len(before.states) == len(after.states) > 20
     assert any(tag.startswith("look_inside/") for tag in scalars(board.log_dir)[1].Tags()["images"])
 
 
