@@ -214,8 +214,8 @@ class Progress(TQDMProgressBar):
     SECONDS = 10  # between two plain lines
 
     def __init__(self):
-        super().__init__(refresh_rate=10)
         in_notebook = type(sys.stdout).__module__.startswith("ipykernel")  # which is no terminal, and draws bars
+        super().__init__(refresh_rate=50 if in_notebook else 10)  # an exported notebook has a line for each refresh
         self.has_bar = sys.stdout.isatty() or in_notebook
         self.last_line = time.monotonic()
 

@@ -2,6 +2,7 @@
 
 import os
 import re
+from importlib.util import find_spec
 from pathlib import Path
 
 import nbformat
@@ -28,6 +29,8 @@ def test_it_runs_from_top_to_bottom(tmp_path, monkeypatch):
     assert not [output.text for output in outputs if output.get("name") == "stderr"]
     said = "".join(output.text for output in outputs if output.get("name") == "stdout")
     assert "[46, 47, 47, 1, 58, 46, 43, 56, 43] -> hii there" in said  # the lecture's numbers, and so the data's
+    if find_spec("ipywidgets"):
+        return  # then the bar is no text
     bar = [line for line in re.split("[\r\n]", said) if line.startswith("Training: 100%")][-1]
     assert all(f"{name}=" in bar for name in ("loss", "val", "best", "tokens/s")) and "Validation" not in said
 
