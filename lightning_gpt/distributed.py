@@ -95,11 +95,6 @@ class Replicas(DDPStrategy):
 
     def average(self, tensors: list[Tensor]) -> None:
         """Each tensor becomes its mean over all ranks, in place."""
-        if dist.get_backend() == "nccl":
-            with dist._coalescing_manager():  # one message, and nothing is copied for it
-                for tensor in tensors:
-                    dist.all_reduce(tensor, op=dist.ReduceOp.AVG)
-            return
         flat = torch.cat([tensor.flatten() for tensor in tensors])
         dist.all_reduce(flat)
         means = (flat / self.world_size).split([tensor.numel() for tensor in tensors])
