@@ -321,17 +321,19 @@ def power_of_2(n: int, least: int = 1) -> int:
     return max(least, triton.next_power_of_2(n))
 
 
-def tile(B: int, N: int, K: int) -> tuple[int, int, int, int]:
+def tile(B: int, N: int, K: int, parts: int) -> tuple[int, int, int, int]:
     """Rows, outputs and inputs of a program of `project`, and its warps; measured on an H100."""
     if B == 1:
         block_k = min(power_of_2(K), 4096)
         return 1, min(power_of_2(N // 200), max(1, 16384 // block_k), 16), block_k, 4
-    return 16, 32 if N >= 1024 else 16, power_of_2(min(K, 512), 16), 4  # tensor cores take 16 rows and columns at least
+    # tensor cores take 16 rows at least; with parts to merge, more inputs would not fit into the registers
+    return 16, 32, power_of_2(min(K, 512 if parts == 1 else 64), 16), 4
 
 
-def slices(B: int, S: int) -> tuple[int, int, int]:
+def slices(B: int, S: int, rotary: bool) -> tuple[int, int, int]:
     """Places of the cache for a program of `attend`, how many of them at once, and its warps."""
-    return min(256, power_of_2(S)), min(256 if B == 1 else 64, power_of_2(S)), 8 if B == 1 else 4
+    part, chunk, warps = (256, 64, 4) if B > 1 else (128, 128, 4) if rotary else (256, 256, 8)
+    return min(part, power_of_2(S)), min(chunk, power_of_2(S)), warps
 
 
 class Decoder:
@@ -344,7 +346,7 @@ class Decoder:
         self.writer, self.cache, c = writer, writer.cache, writer.net.config
         self.net = cast(Any, writer.net)
         self.B, self.D, device = len(writer.token), c.n_embd // c.n_head, writer.token.device
-        self.slice, self.chunk, self.warps = slices(self.B, self.cache.size)
+        self.slice, self.chunk, self.warps = slices(self.B, self.cache.size, c.position == "rotary")
         self.parts = triton.cdiv(self.cache.size, self.slice)
         self.chain = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
         self.launch: dict[str, Any] = {"CHAIN": self.chain} | ({"launch_pdl": True} if self.chain else {})
@@ -422,10 +424,11 @@ class Decoder:
         parts: Tensor | None = None,
     ) -> None:
         N, K = out.size(1), linear.in_features
-        rows, block_n, block_k, warps = tile(self.B, N, K)
+        parts_of_x = 1 if parts is None else self.parts
+        rows, block_n, block_k, warps = tile(self.B, N, K, parts_of_x)
         project[triton.cdiv(N, block_n), triton.cdiv(self.B, rows)](
             x,
-            parts if self.parts > 1 else None,
+            parts if parts_of_x > 1 else None,
             linear.weight,
             linear.bias,
             getattr(norm, "weight", None),
@@ -437,7 +440,7 @@ class Decoder:
             N=N,
             K=K,
             D=self.D,
-            PARTS=self.parts,
+            PARTS=parts_of_x,
             NORM="" if norm is None else "layer" if isinstance(norm, nn.LayerNorm) else "rms",
             EPS=getattr(norm, "eps", 0.0),
             THEN=then,

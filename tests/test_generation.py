@@ -57,9 +57,10 @@ def dice_for(seeds):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs")
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])  # the latter in kernels of our own
 @pytest.mark.parametrize("lengths", [[3, 3], [T, 4]])
-def test_recorded_steps_write_what_unrecorded_ones_do(any_net, idx, lengths):
-    net, idx = any_net.cuda(), idx.cuda()
+def test_recorded_steps_write_what_unrecorded_ones_do(any_net, idx, lengths, dtype):
+    net, idx = any_net.to("cuda", dtype), idx.cuda()
     how = {"temperature": 0, "lengths": lengths, "repetition_penalty": 1.2, "stride": 5}
     assert torch.equal(generate(net, idx, 3 * T, record=True, **how), generate(net, idx, 3 * T, record=False, **how))
 
