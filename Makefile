@@ -29,7 +29,7 @@ board: .venv/installed  ## look at the runs: TensorBoard on http://127.0.0.1:600
 report: .venv/plots  ## make a page about the newest run: curves, samples, attention
 	$(BIN)/lightning-gpt report
 
-test: .venv/dev  ## pass the tests, in four minutes
+test: .venv/dev  ## pass the tests, in six minutes
 	$(BIN)/pytest -m "not slow"
 
 test-all: .venv/dev  ## pass the slow tests too
