@@ -6,11 +6,13 @@ Our modules bear GPT-2's names, so weights move by name. The libraries are optio
 import io
 import json
 import logging
+import os
 import pickle
 import warnings
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import torch
@@ -382,4 +384,7 @@ def to_onnx(net: GPT, path: Path, told: str) -> None:
         )
     assert done is not None
     done.model.metadata_props["lightning_gpt"] = told
-    done.save(str(path), external_data=sum(p.numel() * 4 for p in net.parameters()) > 1.9e9)
+    with TemporaryDirectory(prefix=f"{checkpoint.DRAFT}{path.name}.", dir=path.parent) as draft:
+        done.save(f"{draft}/{path.name}", external_data=sum(p.numel() * 4 for p in net.parameters()) > 1.9e9)
+        for file in sorted(Path(draft).iterdir(), reverse=True):  # NAME.data before NAME, which needs it
+            os.replace(file, path.with_name(file.name))

@@ -7,6 +7,7 @@ import math
 import os
 import re
 import shlex
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from html import escape
@@ -18,7 +19,7 @@ import torch
 import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from . import checkpoint
+from . import checkpoint, reading
 from .main import program
 from .model import GPT
 
@@ -148,10 +149,15 @@ def passage(data: dict[str, Any], block_size: int, tokenizer) -> torch.Tensor:
     if data.get("tokens"):
         file = data["tokens"].split(",")[1]
         return torch.from_numpy(np.fromfile(file, data["token_type"], block_size + 1).astype(np.int64))
-    text = Path(data.get("corpus") or TINY_SHAKESPEARE).read_bytes().decode("utf-8-sig")
+    files = reading.find_files(data["corpus"]) if data.get("corpus") else [TINY_SHAKESPEARE]
+    keep_returns = data.get("tokenizer", "char") == "char" and "\r" in data["vocabulary"]
+
+    def pieces() -> Iterator[str]:  # read twice rather than held: a text may be larger than memory
+        return reading.read_all(files, keep_returns, Counter())
+
     split = data.get("split", 0.9)
-    start = int((split if isinstance(split, float) else split[0]) * len(text))
-    return tokenizer.encode(text[start : start + block_size + 1])
+    start = int((split if isinstance(split, float) else split[0]) * sum(map(len, pieces())))
+    return tokenizer.encode("".join(reading.part(pieces(), start, start + block_size + 1)))
 
 
 # --- the page ---------------------------------------------------------------------------------------------------------

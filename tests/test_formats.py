@@ -3,6 +3,8 @@
 import json
 import math
 import pickle
+import resource
+import signal
 from pathlib import Path
 
 import pytest
@@ -208,6 +210,17 @@ def test_an_onnx_program_has_the_same_logits_at_any_length(tmp_path, how):
         torch.testing.assert_close(torch.from_numpy(logits), net(idx), rtol=0, atol=1e-5)
     told = {entry.key: entry.value for entry in onnx.load(tmp_path / "x.onnx").metadata_props}
     assert json.loads(told["lightning_gpt"])["model"]["n_embd"] == 16
+    before, kept = (tmp_path / "x.onnx").read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, kept[1]))  # as full as a disk can be
+        with pytest.raises(SystemExit):
+            main(["export", "--to=onnx", f"--ckpt_path={tmp_path}/one.ckpt", f"--output={tmp_path}/x.onnx"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, kept)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert (tmp_path / "x.onnx").read_bytes() == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one.ckpt", "x.onnx"]
 
 
 # --- nanoGPT ----------------------------------------------------------------------------------------------------------

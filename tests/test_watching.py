@@ -26,7 +26,8 @@ from lightning_gpt.main import main
 from lightning_gpt.memorisation import Copies
 from lightning_gpt.model import GPT, GPTConfig
 from lightning_gpt.plots import attention_maps, attention_of, losses, position_similarity, streams
-from lightning_gpt.report import read
+from lightning_gpt.report import passage, read
+from lightning_gpt.tokenizer import CharTokenizer
 from lightning_gpt.training import next_token_loss
 from lightning_gpt.vitals import Vitals, layer_of
 
@@ -325,6 +326,16 @@ def test_what_is_missing_is_said(watched, tmp_path):
     page = page_of(tmp_path, moved)
     (tmp_path / "tags.txt").rename(corpus)
     assert "this is the checkpoint's" in page.text and "No look inside" in page.text
+
+
+def test_a_report_reads_the_validation_text_wherever_it_lies(text_file, tmp_path):
+    text = text_file.read_text()
+    (tmp_path / "a.txt").write_bytes(text[:1000].replace("\n", "\r\n").encode("utf-8-sig"))
+    (tmp_path / "b.txt").write_text(text[1000:])
+    tokenizer, data = CharTokenizer(text), {"corpus": str(tmp_path), "split": [0.5, 0.9], "vocabulary": text}
+    whole = text if text[999] == "\n" else text[:1000] + "\n" + text[1000:]
+    start = len(whole) // 2
+    assert torch.equal(passage(data, 30, tokenizer), tokenizer.encode(whole[start : start + 31]))
 
 
 @pytest.mark.parametrize("path, message", [("none", "does not exist"), ("empty", "no run's folder")])
