@@ -6,13 +6,14 @@ Shapes   B batch · T time (tokens) · H heads · S places in the cache · D cha
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from .capture import CapturedStep
+from .lean import Lean
 from .lecture import Rung
 from .model import GPT
 
@@ -167,6 +168,11 @@ def throw(shape: Sequence[int], device: torch.device, generator: torch.Generator
     return torch.empty(shape, device=device).exponential_(generator=generator).clamp_(min=1e-30)
 
 
+def sharded(net: torch.nn.Module) -> bool:
+    """Whether this device has a part of each weight only."""
+    return hasattr(next(net.parameters()), "device_mesh")
+
+
 class Drawn(NamedTuple):
     """One step of `stream`: token ids (B, 1) and, if asked for, the net's log-probabilities of them (B, 1)."""
 
@@ -198,6 +204,9 @@ class Writer:
         self.starts = [max(0, n - self.block_size) for n in lengths]  # where each row's context begins
         self.cache = KVCache(min(self.block_size, max(lengths) + steps))
         self.even = len(set(lengths)) == 1
+        # a sharded net fetches its weights when it is called, and autocast looks at modules
+        plain = use_cache and not sharded(net) and not torch.is_autocast_enabled(device.type)
+        self.lean = Lean(cast(GPT, net), self.cache) if plain else None
         self.steps = steps
         self.out = torch.zeros(B, steps, dtype=torch.long, device=device)
         self.logprobs = torch.zeros(B, steps, device=device) if logprobs else None
@@ -235,7 +244,10 @@ class Writer:
 
     def step(self) -> None:
         """Read the newest token of every row with the cache, and draw the next."""
-        self.choose(self.net(self.token, self.cache)[:, -1])
+        if self.lean is not None and isinstance(self.cache.length, int):
+            self.choose(self.lean(self.token))
+        else:
+            self.choose(self.net(self.token, self.cache)[:, -1])
 
     def windows(self, rows: list[int], t: int) -> list[Tensor]:
         """The context of each row after t steps."""
@@ -389,7 +401,7 @@ def stream(
     use_cache = use_cache and isinstance(net, GPT)  # a rung of the lecture looks at the whole text each time
     gpu = idx.device.type == "cuda" and use_cache
     if record is None:  # a sharded net fetches its weights at every step, which can't be recorded
-        record = gpu and max_new_tokens >= 32 and not hasattr(next(net.parameters()), "device_mesh")
+        record = gpu and max_new_tokens >= 32 and not sharded(net)
     how = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
     was_training = net.training
     net.eval()

@@ -123,11 +123,22 @@ class CausalSelfAttention(nn.Module):
         return F.dropout(y, self.dropout, self.training)
 
 
-class MLP(nn.Module):
-    """Every token thinks for itself: W2 act(W1 x), four times as wide inside.
+def activate(x: Tensor, activation: str) -> Tensor:
+    """What makes the MLP more than a matrix; relu2 is relu(x)^2 (Primer, So et al. 2021), and swiglu, which leaves
+    half of the channels, silu(a) * b (Shazeer 2020)."""
+    if activation == "gelu":
+        return F.gelu(x)
+    if activation == "gelu_tanh":
+        return F.gelu(x, approximate="tanh")
+    if activation == "swiglu":
+        a, b = x.chunk(2, -1)
+        return F.silu(a) * b
+    x = F.relu(x)
+    return x.square() if activation == "relu2" else x
 
-    relu2 is relu(x)^2 (Primer, So et al. 2021); swiglu is silu(a) * b (Shazeer 2020), a and b each 8/3 as wide.
-    """
+
+class MLP(nn.Module):
+    """Every token thinks for itself: W2 act(W1 x), four times as wide inside; with swiglu's a and b each 8/3."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -138,18 +149,8 @@ class MLP(nn.Module):
         self.c_proj = nn.Linear(inner, config.n_embd, bias=config.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.c_fc(x)
-        if self.activation == "gelu":
-            x = F.gelu(x)
-        elif self.activation == "gelu_tanh":
-            x = F.gelu(x, approximate="tanh")
-        elif self.activation == "swiglu":
-            a, b = x.chunk(2, -1)
-            x = F.silu(a) * b
-        else:
-            x = F.relu(x)
-            x = x.square() if self.activation == "relu2" else x
-        return F.dropout(self.c_proj(x), self.dropout, self.training)
+        x = self.c_proj(activate(self.c_fc(x), self.activation))
+        return F.dropout(x, self.dropout, self.training)
 
 
 class Block(nn.Module):

@@ -22,6 +22,7 @@ WAYS = {
     "any": dict(temperature=2.0, penalty=1.5),
     "top_k": dict(temperature=2.0, top_k=5),
     "top_p": dict(temperature=2.0, top_p=0.8),
+    "min_p": dict(temperature=2.0, min_p=0.6),
     "all": dict(temperature=3.0, top_k=9, top_p=0.9, min_p=0.1, penalty=1.5),
 }
 
@@ -70,3 +71,13 @@ def test_every_way_to_draw_draws_the_same_tokens(name):
 @pytest.mark.parametrize("rows", [1, 18])
 def test_a_long_past_in_slices_and_many_rows_write_the_same_text(rows):
     assert_same_text(make(300, n_layer=1, position="rotary"), rows, 270 + rows, 2, temperature=1.0)
+
+
+@torch.inference_mode()
+def test_top_k_with_ties_keeps_exactly_k():
+    net = make(n_layer=0)
+    net.lm_head.weight.zero_()
+    w, decoder = writer(net, 18, 1, 7, temperature=1.0, top_k=3)
+    for _ in range(6):
+        decoder.step()
+    assert w.out[:, 1:].unique().numel() == 3

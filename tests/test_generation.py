@@ -5,9 +5,10 @@ import math
 
 import pytest
 import torch
-from conftest import T, V
+from conftest import MODERN, T, V, loud
 
 from lightning_gpt.generation import KVCache, generate, sample, stream
+from lightning_gpt.lean import Lean
 from lightning_gpt.model import GPT, GPTConfig
 from lightning_gpt.tokenizer import CharTokenizer
 
@@ -164,13 +165,24 @@ def test_text_survives_encoding_and_unknown_characters_are_named():
 
 
 @pytest.mark.parametrize("use_cache", [True, False])
+@torch.no_grad()
 def test_each_token_is_drawn_from_what_the_newest_block_size_tokens_say(any_net, idx, use_cache):
-    net, used = any_net, []
-    with net.register_forward_hook(lambda net, args, logits: used.append(logits[:, -1])):
-        text = generate(net, idx[:, :3], 2 * T, use_cache=use_cache, generator=torch.Generator().manual_seed(0))
-    for at, logits in enumerate(used, start=3):
-        torch.testing.assert_close(logits, net(text[:, max(0, at - T) : at])[:, -1], rtol=0, atol=1e-12)
-    assert len(used) == 2 * T
+    dice = torch.Generator().manual_seed(0)
+    drawn = list(stream(any_net, idx[:, :3], 2 * T, use_cache=use_cache, generator=dice, logprobs=True))
+    text = torch.cat((idx[:, :3], *(new.ids for new in drawn)), 1)
+    for at, new in enumerate(drawn, start=3):
+        odds = any_net(text[:, max(0, at - T) : at])[:, -1].log_softmax(-1)
+        torch.testing.assert_close(new.logprobs, odds.gather(1, new.ids).float(), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("how", [{}, MODERN, {"activation": "swiglu", "n_embd": 18, "n_head": 3}, {"n_layer": 0}])
+def test_a_lean_step_says_what_the_net_says(idx, how):
+    net = loud(GPT(GPTConfig(V, T, **{"n_layer": 2, "n_head": 2, "n_embd": 16, "dropout": 0.0} | how)))
+    cache, full = KVCache(T), net(idx)
+    net(idx[:, :4], cache)
+    step = Lean(net, cache)
+    for t in range(4, T):
+        torch.testing.assert_close(step(idx[:, t : t + 1]), full[:, t], rtol=0, atol=1e-12)
 
 
 def test_generation_has_no_dropout(idx):

@@ -1,0 +1,77 @@
+"""A GPT reading one token a row on a CPU, in few calls.
+
+At one token a small net's arithmetic takes less time than Python and PyTorch take to ask for it: module after module,
+views, dropout that does nothing. The maths is model.py's.
+
+Shapes   B rows · C channels · H heads · D channels of a head · S places in the cache
+"""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from .model import GPT, activate
+
+if TYPE_CHECKING:
+    from .generation import KVCache
+
+
+def norm_of(module: Any) -> Callable[[Tensor], Tensor]:
+    if isinstance(module, nn.LayerNorm):
+        shape, weight, bias, eps = list(module.normalized_shape), module.weight, module.bias, module.eps
+        return lambda x: F.layer_norm(x, shape, weight, bias, eps)
+    if isinstance(module, nn.RMSNorm):
+        size, small = list(module.normalized_shape), module.eps
+        return lambda x: F.rms_norm(x, size, None, small)
+    return module
+
+
+class Lean:
+    """`net(token, cache)[:, -1]` where every row has read as many tokens, in half the time for a small net."""
+
+    def __init__(self, net: GPT, cache: "KVCache"):
+        c = net.config
+        self.net, self.cache, self.D = net, cache, c.n_embd // c.n_head
+        self.shape = -1, 3, c.n_head, self.D
+        self.ln_e = norm_of(net.ln_e)
+        self.blocks = []
+        for block in cast(Any, net.h):
+            attn, mlp = block.attn, block.mlp
+            linears = (
+                each
+                for layer in (attn.c_attn, attn.c_proj, mlp.c_fc, mlp.c_proj)
+                for each in (layer.weight, layer.bias)
+            )
+            self.blocks.append((norm_of(block.ln_1), norm_of(block.ln_2), *linears))
+        if c.position == "rotary":  # (a, b) cos + (b, -a) sin is rotate(), in one piece
+            cos, sin = net.rotary
+            self.cos, self.sin = torch.cat((cos, cos), -1), torch.cat((sin, -sin), -1)
+
+    def __call__(self, token: Tensor) -> Tensor:
+        net, c, cache, at, D = self.net, self.net.config, self.cache, self.cache.length, self.D
+        assert isinstance(at, int)
+        x = F.embedding(token[:, 0], net.wte.weight)  # (B, C)
+        if c.position == "learned":
+            x = x + net.wpe.weight[at]
+        if c.ngram > 1:
+            x = x + net.ngrams(token, cache)[:, 0]
+        x = self.ln_e(x)
+        for block, layer in zip(self.blocks, cache.layers, strict=True):
+            assert layer.k is not None and layer.v is not None
+            ln_1, ln_2, qkv_w, qkv_b, out_w, out_b, fc_w, fc_b, proj_w, proj_b = block
+            qkv = F.linear(ln_1(x), qkv_w, qkv_b).view(self.shape)  # (B, 3, H, D)
+            qk, v = qkv[:, :2], qkv[:, 2]
+            if c.qk_norm:
+                qk = F.rms_norm(qk, (D,), None, 1e-6)
+            if c.position == "rotary":
+                qk = torch.addcmul(qk * self.cos[at], qk.roll(D // 2, -1), self.sin[at]).type_as(x)
+            layer.k[:, :, at], layer.v[:, :, at] = qk[:, 1], v
+            keys, values = layer.k[:, :, : at + 1], layer.v[:, :, : at + 1]
+            y = F.scaled_dot_product_attention(qk[:, 0, :, None], keys, values)  # (B, H, 1, D)
+            x = x + F.linear(y.flatten(1), out_w, out_b)
+            x = x + F.linear(activate(F.linear(ln_2(x), fc_w, fc_b), c.activation), proj_w, proj_b)
+        cache.length = at + 1
+        return net.logits(x)
