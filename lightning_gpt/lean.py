@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from .model import GPT, activate
 
 if TYPE_CHECKING:
-    from .generation import KVCache
+    from .cache import KVCache
 
 
 def norm_of(module: Any) -> Callable[[Tensor], Tensor]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 if TYPE_CHECKING:
-    from .generation import KVCache, LayerCache
+    from .cache import KVCache, LayerCache
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ import pytest
 import torch
 from conftest import MODERN, T, V, loud
 
-from lightning_gpt.generation import KVCache, generate, sample, stream
+from lightning_gpt.cache import KVCache
+from lightning_gpt.generation import generate, sample, stream
 from lightning_gpt.lean import Lean
 from lightning_gpt.model import GPT, GPTConfig
 from lightning_gpt.tokenizer import CharTokenizer
