@@ -39,13 +39,9 @@ class Lean:
         self.ln_e = norm_of(net.ln_e)
         self.blocks = []
         for block in cast(Any, net.h):
-            attn, mlp = block.attn, block.mlp
-            linears = (
-                each
-                for layer in (attn.c_attn, attn.c_proj, mlp.c_fc, mlp.c_proj)
-                for each in (layer.weight, layer.bias)
-            )
-            self.blocks.append((norm_of(block.ln_1), norm_of(block.ln_2), *linears))
+            linears = block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj
+            weights = [w for linear in linears for w in (linear.weight, linear.bias)]
+            self.blocks.append((norm_of(block.ln_1), norm_of(block.ln_2), *weights))
         if c.position == "rotary":  # (a, b) cos + (b, -a) sin is rotate(), in one piece
             cos, sin = net.rotary
             self.cos, self.sin = torch.cat((cos, cos), -1), torch.cat((sin, -sin), -1)
