@@ -101,8 +101,8 @@ class Replicas(DDPStrategy):
         torch._foreach_copy_(tensors, [mean.view_as(tensor) for mean, tensor in zip(means, tensors, strict=True)])
 
     def teardown(self) -> None:
-        # NCCL waits at the end for each graph that holds a message of its own
-        cast(Any, self.lightning_module).captured = None
+        if self.lightning_module is not None:  # NCCL waits at the end for each graph that holds a message of its own
+            cast(Any, self.lightning_module).captured = None
         super().teardown()
 
 

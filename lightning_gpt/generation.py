@@ -3,10 +3,11 @@
 Shapes   B batch · T time (tokens) · V vocabulary
 """
 
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
-from functools import partial
-from typing import NamedTuple, cast
+from functools import cache, partial
+from typing import TYPE_CHECKING, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -17,6 +18,9 @@ from .capture import CapturedStep
 from .lean import Lean
 from .lecture import Rung
 from .model import GPT
+
+if TYPE_CHECKING:
+    from .decoding import Decoder
 
 
 def check(
@@ -87,6 +91,11 @@ def sample(
 def throw(shape: Sequence[int], device: torch.device, generator: torch.Generator | None = None) -> Tensor:
     """Exponential variates; never 0, for 0 / 0 would be drawn."""
     return torch.empty(shape, device=device).exponential_(generator=generator).clamp_(min=1e-30)
+
+
+@cache
+def say_once(line: str) -> None:
+    print(f"lightning-gpt: {line}", file=sys.stderr)
 
 
 def sharded(net: torch.nn.Module) -> bool:
@@ -218,19 +227,34 @@ class Writer:
         """Read the whole contexts of all rows, and draw."""
         self.choose(self.read(list(range(len(self.idx))), piece, last))
 
+    def take(self, decoder: "Decoder | None") -> Callable[[], None]:
+        """Take a step, in the decoder's kernels if they can be built here, and say by which function."""
+        if decoder is not None:
+            try:
+                decoder.step()
+                return decoder.step
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # no C compiler, none of Python's headers, too old a GPU, another Triton ...
+                reason = str(error).strip().split("\n")[0][:150]
+                say_once(f"Triton can't build kernels here ({reason}): PyTorch's write the text, more slowly")
+        self.step()
+        return self.step
+
     def record(self) -> "torch.cuda.CUDAGraph":
         """A step as a CUDA graph, whose replay costs no Python; in kernels of our own where Triton is there."""
         length, seen = torch.zeros(len(self.idx), dtype=torch.long, device=self.idx.device), self.seen.clone()
-        self.cache.length, self.cache.even, step = length, self.even, self.step
+        self.cache.length, self.cache.even = length, self.even
+        decoder = None
         if next(self.net.parameters()).dtype != torch.float64:
             with suppress(ImportError):
                 from .decoding import Decoder
 
-                step = Decoder(self).step
+                decoder = Decoder(self)
         apart, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
         apart.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(apart):
-            step()  # what is lazy comes first
+        with torch.cuda.stream(apart):  # what is lazy comes first
+            step = self.take(decoder)
         torch.cuda.current_stream().wait_stream(apart)
         with torch.cuda.graph(graph, stream=apart, capture_error_mode="thread_local"):
             step()

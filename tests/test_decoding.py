@@ -1,5 +1,9 @@
 """The kernels that write on a GPU say what the net says; without a GPU, Triton's interpreter runs them."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from conftest import MODERN, T, V, loud
@@ -81,3 +85,21 @@ def test_top_k_with_ties_keeps_exactly_k():
     for _ in range(6):
         decoder.step()
     assert w.out[:, 1:].unique().numel() == 3
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="kernels can be built here")
+def test_where_kernels_can_not_be_built_the_net_itself_writes_and_that_is_said_once():
+    tests = os.path.dirname(__file__)
+    code = """
+import conftest, os, torch
+os.environ["TRITON_INTERPRET"] = "0"
+from test_decoding import make, writer
+with torch.inference_mode():
+    w, decoder = writer(make(n_layer=1), 1, 4, 4, temperature=0)
+    assert [w.take(decoder) == w.step for _ in range(2)] == [True, True]
+    print(w.count.item())
+"""
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([tests, *sys.path])}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)
+    assert done.stdout == "3\n", done.stderr
+    assert "Triton can't build kernels here" in done.stderr and done.stderr.count("\n") == 1
