@@ -346,7 +346,7 @@ def to_hugging_face(net: GPT, tokenizer: Tokenizer, folder: Path) -> None:
     settings |= {"dtype": "float32", "lightning_gpt": described(tokenizer)}
     folder.mkdir(parents=True, exist_ok=True)
     write_safetensors(weights, config.tie_embeddings, folder / "model.safetensors", {})
-    (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n")
+    (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
     if isinstance(tokenizer, (CharTokenizer, ByteTokenizer, BPETokenizer)):
         lib = need("tokenizers", "tokenizers")
         if isinstance(tokenizer, BPETokenizer):
@@ -360,7 +360,7 @@ def to_hugging_face(net: GPT, tokenizer: Tokenizer, folder: Path) -> None:
             engine.decoder = lib.decoders.Fuse()
         engine.save(str(folder / "tokenizer.json"))
         how = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
-        (folder / "tokenizer_config.json").write_text(json.dumps(how, indent=2) + "\n")
+        (folder / "tokenizer_config.json").write_text(json.dumps(how, indent=2) + "\n", encoding="utf-8")
 
 
 def to_onnx(net: GPT, path: Path, told: str) -> None:

@@ -6,12 +6,15 @@ import os
 import shutil
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from importlib import import_module
 from inspect import signature
 from typing import NoReturn
 
 import jsonargparse
 import torch
+
+from .files import escape_what_cannot_be_printed
 
 # what needs no Trainer: a module and a function of it. Lightning takes seconds to import, and these are to be quick
 COMMANDS = {
@@ -39,7 +42,8 @@ HELP = """lightning-gpt COMMAND [options]; each COMMAND has its own --help.
 def complain(message: str) -> None:
     """Say on stderr what is wrong, and in which process if it isn't the first of several."""
     rank = os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))
-    print(f"lightning-gpt: error: {message}" if rank == "0" else f"rank {rank}: error: {message}", file=sys.stderr)
+    with suppress(OSError):  # stderr may be a log on a full disk; the exit code tells as well
+        print(f"lightning-gpt: error: {message}" if rank == "0" else f"rank {rank}: error: {message}", file=sys.stderr)
 
 
 class Parser(jsonargparse.ArgumentParser):
@@ -97,9 +101,22 @@ def main(args: list[str] | None = None) -> None:
     run(do, list(sys.argv[1:] if args is None else args))
 
 
+def out_of_memory(error: Exception) -> bool:
+    """Whether an error says that memory has run out, in one of the ways that Python and torch have to say so."""
+    reasons = "can't allocate memory", "can't start new thread"
+    known = isinstance(error, MemoryError | torch.OutOfMemoryError)
+    return known or isinstance(error, RuntimeError) and any(reason in str(error) for reason in reasons)
+
+
+def with_notes(error: BaseException) -> str:
+    """What an error says, and what was noted on its way: the last good checkpoint, for example."""
+    return ". ".join([str(error), *getattr(error, "__notes__", [])])
+
+
 def run(what: Callable[[list[str]], None], args: list[str]) -> None:
     """Do `what` with `args`; bad input ends with one sentence on stderr and exit code 2."""
     keep_freed_memory()
+    escape_what_cannot_be_printed(sys.stdout)
     try:
         what(args)
     except BrokenPipeError:  # the reader of our output has gone, as `head` does
@@ -108,14 +125,15 @@ def run(what: Callable[[list[str]], None], args: list[str]) -> None:
     except KeyboardInterrupt:
         print()
         sys.exit(130)
-    except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+    except (RuntimeError, MemoryError) as error:
+        if not out_of_memory(error):
             raise
-        reason = str(error).split("\n")[0][:200]
-        complain(f"out of memory: take a smaller batch or model. {reason}")
+        reason = [str(error).split("\n")[0][:200]] if str(error) else []
+        notes = getattr(error, "__notes__", [])
+        complain(". ".join(["out of memory: take a smaller batch or model", *reason, *notes]))
         sys.exit(1)
     except (ValueError, OSError) as error:
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
         hint = ". What was saved before is untouched; make room, then go on with --ckpt_path last" if full else ""
-        complain(f"{error}{hint}")
+        complain(f"{with_notes(error)}{hint}")
         sys.exit(1 if full else 2)

@@ -219,7 +219,7 @@ def cache_folder() -> Path:
 @contextmanager
 def alone(folder: Path) -> Iterator[None]:
     """One process at a time, where the file system can say so; others would do the same work again."""
-    with open(folder / "lock", "w") as file:
+    with open(folder / "lock", "wb") as file:
         with suppress(ImportError, OSError):
             import fcntl
 
@@ -255,7 +255,7 @@ def cached(
 
     with alone(folder):
         with suppress(OSError, ValueError, KeyError):
-            told = json.loads(named(vocabulary, unknown).read_text())
+            told = json.loads(named(vocabulary, unknown).read_text(encoding="utf-8"))
             if (folder / told["file"]).stat().st_size == told["bytes"]:
                 return open_cached(folder, told)
         megabytes = sum(now.st_size for _, now in facts) / 1e6
@@ -301,7 +301,7 @@ def cached(
         told |= {"tokenizer": kind, "vocabulary": resolved, "unknown": policy}
         for path in {named(vocabulary, unknown), named(resolved, policy)}:  # a checkpoint will ask with the vocabulary
             draft = path.with_suffix(f".{os.getpid()}")
-            draft.write_text(json.dumps(told))
+            draft.write_text(json.dumps(told), encoding="utf-8")
             os.replace(draft, path)
         return open_cached(folder, told)
 

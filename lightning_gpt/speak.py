@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 from . import checkpoint
 from . import text as texts
+from .files import write_whole
 from .lecture import Rung
 from .model import GPT
 from .text import SHIPPED, Text, Tokenizer
@@ -144,7 +145,7 @@ def generate(
     else:
         result_text = RULE.join(sample.prompt + sample.text for sample in samples)
     if output:
-        Path(output).write_text(result_text + "\n", encoding="utf-8")
+        write_whole(output, f"{result_text}\n".encode())
         say(f"{len(samples)} texts of {sum(len(s.text) for s in samples):,} characters are in {output}")
     elif json:
         print(result_text)
