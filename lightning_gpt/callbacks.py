@@ -87,7 +87,7 @@ class SampleText(L.Callback):
 
     def log_samples(self, trainer: L.Trainer, samples: list[tuple[str, Tensor]], texts: list[str]) -> None:
         """To all loggers, with how much of what was written (the prompt does not count) is copied."""
-        data = trainer.datamodule
+        data, step = trainer.datamodule, trainer.global_step - 1  # Lightning counts the steps it logs from 0
         if not trainer.loggers:
             return
         if self.copies is None:
@@ -98,7 +98,8 @@ class SampleText(L.Callback):
         found = [self.copies.find(ids) for ids in written]
         for (prompt, _), ids, text, (start, length, share) in zip(samples, written, texts, found, strict=True):
             copied = data.tokenizer.decode(ids[start : start + length])
-            run = f"{length} {unit}, {copied!r}" if length else f"fewer than {n} {unit}"
+            code = repr(copied).replace("`", "'")  # between backticks, or TensorBoard would take it for Markdown
+            run = f"{length} {unit}, `{code}`" if length else f"fewer than {n} {unit}"
             words = (
                 f"Longest run copied from the training text: {run}. Of its runs of {n} {unit}, {share:.0%} stand there "
                 f"(of the validation text's, {self.usual:.0%})."
@@ -107,11 +108,11 @@ class SampleText(L.Callback):
                 if hasattr(logger.experiment, "add_text"):
                     tag = "samples/" + prompt.replace("\n", "↵")
                     fenced = text.replace("`", "'")  # three would end the block
-                    logger.experiment.add_text(tag, f"```\n{fenced}\n```\n\n{words}", trainer.global_step)
+                    logger.experiment.add_text(tag, f"```\n{fenced}\n```\n\n{words}", step)
         _, lengths, shares = zip(*found, strict=True)
         for logger in trainer.loggers:
             copied_most = {"samples/longest_copy": max(lengths), "samples/copied_share": sum(shares) / len(shares)}
-            logger.log_metrics(copied_most, trainer.global_step)
+            logger.log_metrics(copied_most, step)
 
 
 # FLOP/s of dense bfloat16 products, from NVIDIA's data sheets; a longer name comes before one that is a part of it

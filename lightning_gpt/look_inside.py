@@ -1,12 +1,17 @@
 """A callback that draws what happens inside the net while it trains. Off unless it is asked for."""
 
+import sys
 import time
 from copy import deepcopy
+from pathlib import Path
 from typing import cast
 
 import lightning as L
 import torch
+from google.protobuf import text_format
 from lightning.pytorch.loggers import TensorBoardLogger
+from tensorboard.plugins.projector.projector_config_pb2 import ProjectorConfig
+from torch.utils.tensorboard import SummaryWriter
 
 from .distributed import Shards
 from .model import GPT
@@ -78,17 +83,32 @@ class LookInside(L.Callback):
         self.validations += 1
         if self.validations % self.every_n_validations:
             return
+        try:
+            self.draw(trainer, cast(LanguageModel, lm))
+        except Exception as error:  # whatever matplotlib or the disk says; a figure is not worth a run
+            reason = str(error).split("\n")[0][:200]
+            print(f"warning: LookInside has no figures of step {trainer.global_step:,}: {reason}", file=sys.stderr)
+
+    def draw(self, trainer: L.Trainer, lm: LanguageModel) -> None:
         from .plots import figures, label
 
-        since, step = time.perf_counter(), trainer.global_step
+        since, step = time.perf_counter(), trainer.global_step - 1  # Lightning counts the steps it logs from 0
         board, tokenizer = cast(TensorBoardLogger, self.board(trainer)), trainer.datamodule.tokenizer
-        net = deepcopy(
-            cast(GPT, cast(LanguageModel, lm).final_net)
-        ).eval()  # a copy is uncompiled, and hooks on it trouble nobody
+        net = deepcopy(cast(GPT, lm.final_net)).eval()  # a copy is uncompiled, and hooks on it trouble nobody
         net = net if net.wte.weight.dtype == torch.float64 else net.float()
         for name, figure in figures(net, tokenizer, self.ids.to(lm.device), self.shown):
             board.experiment.add_figure(f"look_inside/{name}", figure, step)
         few = net.wte.weight.detach()[: self.PROJECTED].float()
         names = [label(tokenizer, i) for i in range(len(few))]
+        self.keep_projected(board.experiment, step)
         board.experiment.add_embedding(few, names, tag="token_embeddings", global_step=step)
         board.log_metrics({"look_inside/seconds": time.perf_counter() - since}, step)
+
+    @staticmethod
+    def keep_projected(writer: SummaryWriter, step: int) -> None:
+        """A run that goes on shows the embeddings of its earlier steps too; SummaryWriter lists those of its own."""
+        listed = Path(writer.log_dir, "projector_config.pbtxt")
+        if not hasattr(writer, "_projector_config") and listed.exists():
+            before = text_format.Parse(listed.read_text(encoding="utf-8"), ProjectorConfig()).embeddings
+            earlier = [one for one in before if int(one.tensor_name.rsplit(":", 1)[1]) < step]
+            writer._projector_config = ProjectorConfig(embeddings=earlier)

@@ -22,6 +22,7 @@ from .tokenizer import Tokenizer
 
 warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a text's letters may be in no font here
 DPI = 100
+LITERAL: dict = {"parse_math": False}  # of a token or a name: between two dollar signs there is no formula
 MOST_EMBEDDINGS = 300  # more can't be told apart in a figure
 
 
@@ -129,14 +130,14 @@ def draw_attention(maps: Tensor, labels: Sequence[str], title: str) -> Figure:
         panel.set_xticks([])
         panel.set_yticks([])
         for t, text in enumerate(labels):  # not as ticks, which take twice as long
-            panel.text(t, T - 0.3, text[:4], ha="center", va="top", fontsize=9)
-            panel.text(-0.7, t, text[:4], ha="right", va="center", fontsize=9)
+            panel.text(t, T - 0.3, text[:4], ha="center", va="top", fontsize=9, **LITERAL)
+            panel.text(-0.7, t, text[:4], ha="right", va="center", fontsize=9, **LITERAL)
     return figure
 
 
 def write(ax: Axes, x: int, y: int, text: str, dark: bool) -> None:
     size = 9 if len(text) == 1 else 5
-    ax.text(x, y, text[:4], ha="center", va="center", fontsize=size, color="white" if dark else "black")
+    ax.text(x, y, text[:4], ha="center", va="center", fontsize=size, color="white" if dark else "black", **LITERAL)
 
 
 def draw_losses(values: Tensor, labels: Sequence[str], most: float, title: str) -> Figure:
@@ -169,10 +170,10 @@ def draw_lens(net: GPT, between: Tensor, ids: Tensor, labels: Sequence[str], tok
         for t, i in enumerate(guesses):
             write(ax, t, row, label(tokenizer, i), bool(of_true[row, t] > 0.6))
     ax.set_yticks(range(L + 1), ["embedding", *(f"layer {i}" for i in range(1, L + 1))], fontsize=8)
-    ax.set_xticks(range(T), labels[:-1], fontsize=8)
+    ax.set_xticks(range(T), labels[:-1], fontsize=8, **LITERAL)
     ax.set_xlabel("character read", fontsize=8)
     above = ax.secondary_xaxis("top")
-    above.set_xticks(range(T), labels[1:], fontsize=8)
+    above.set_xticks(range(T), labels[1:], fontsize=8, **LITERAL)
     above.set_xlabel("true next character", fontsize=8)
     for side in ax, above:
         side.tick_params(length=0)
@@ -200,7 +201,7 @@ def draw_embeddings(weight: Tensor, labels: Sequence[str], title: str) -> Figure
     figure, ax = axes(f"{title}, on the plane where they differ most", 7, 6)
     ax.scatter(plane[:, 0].numpy(), plane[:, 1].numpy(), s=0)  # for the limits of the axes
     for (a, b), text in zip(plane.tolist(), labels, strict=False):
-        ax.text(a, b, text, ha="center", va="center", fontsize=10, color=KINDS[kind(text)])
+        ax.text(a, b, text, ha="center", va="center", fontsize=10, color=KINDS[kind(text)], **LITERAL)
     ax.set_xlabel(f"first direction, {share[0]:.0%} of the variance", fontsize=9)
     ax.set_ylabel(f"second direction, {share[1]:.0%}", fontsize=9)
     for name, colour in KINDS.items():
@@ -229,8 +230,9 @@ def draw_curves(curves: dict[str, Curve], title: str, unit: str, log: bool = Fal
     figure, ax = axes(title, 5.4, 3.3)
     for name, points in curves.items():
         steps, values = zip(*points, strict=True)
+        shown = f" {name}" if name.startswith("_") else name  # a legend leaves out those with a line in front
         (line,) = ax.plot(
-            steps, values, label=name, linewidth=1.6, marker="o" if len(points) < 9 else None, markersize=3
+            steps, values, label=shown, linewidth=1.6, marker="o" if len(points) < 9 else None, markersize=3
         )
         if "val" in name and "loss" in name:
             step, value = min(points, key=lambda point: point[1])
@@ -245,7 +247,9 @@ def draw_curves(curves: dict[str, Curve], title: str, unit: str, log: bool = Fal
     ax.grid(alpha=0.25)
     ax.spines[["top", "right"]].set_visible(False)
     if len(curves) > 1:
-        ax.legend(fontsize=8, frameon=False, ncols=2 if len(curves) > 6 else 1)
+        legend = ax.legend(fontsize=8, frameon=False, ncols=2 if len(curves) > 6 else 1)
+        for text in legend.get_texts():
+            text.set(**LITERAL)
     return figure
 
 

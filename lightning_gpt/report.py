@@ -20,6 +20,7 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from . import checkpoint, reading
+from .files import write_whole
 from .main import program
 from .model import GPT
 
@@ -38,8 +39,8 @@ class Run:
     """What a run's folder holds: curves and texts by tag, config, and its best checkpoint."""
 
     folder: Path
-    curves: dict[str, "Curve"] = field(default_factory=dict)  # steps from 1
-    texts: dict[str, list[tuple[int, str]]] = field(default_factory=dict)
+    curves: dict[str, "Curve"] = field(default_factory=dict)  # steps from 1, where Lightning counts from 0
+    texts: dict[str, list[tuple[int, str]]] = field(default_factory=dict)  # steps from 1
     config: str = ""
     ckpt: Path | None = None
     saved: dict[str, Any] | None = None
@@ -106,16 +107,16 @@ def read(folder: Path) -> Run:
         run.notes.append(f"The event files could be read in part only: {str(error)[:200]}")
     tags, times = board.Tags(), list[float]()
     for tag in tags["scalars"]:
-        shift = 0 if tag.startswith(("samples/", "look_inside/")) else 1  # Lightning counts from 0
         events = board.Scalars(tag)
-        run.curves[tag] = [(event.step + shift, event.value) for event in events if math.isfinite(event.value)]
+        run.curves[tag] = [(event.step + 1, event.value) for event in events if math.isfinite(event.value)]
         times += [event.wall_time for event in events]
     run.curves = {tag: curve for tag, curve in run.curves.items() if curve}
     run.seconds = max(times) - min(times) if times else math.nan
     for tag in tags["tensors"]:
         if tag.endswith("/text_summary"):
             run.texts[tag.removesuffix("/text_summary")] = [
-                (event.step, event.tensor_proto.string_val[0].decode(errors="replace")) for event in board.Tensors(tag)
+                (event.step + 1, event.tensor_proto.string_val[0].decode(errors="replace"))
+                for event in board.Tensors(tag)
             ]
     if not run.curves:
         run.notes.append("No curves: there are no event files, or nothing is in them yet.")
@@ -129,7 +130,7 @@ def read(folder: Path) -> Run:
     if run.saved is None:
         run.notes.append("No checkpoint, so nothing from inside the net.")
     try:
-        run.config = (folder / "config.yaml").read_text()
+        run.config = (folder / "config.yaml").read_text(encoding="utf-8")
         yaml.safe_load(run.config)
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         run.config = (run.saved or {}).get("config", "")
@@ -208,8 +209,12 @@ class Page:
 
     def figure(self, name: str, drawn: "Figure", caption: str = "", wide: bool = False) -> None:
         buffer = io.BytesIO()
-        drawn.savefig(buffer, format="png", dpi=100 if wide else 160)
-        (self.folder / f"{name}.png").write_bytes(buffer.getvalue())
+        try:
+            drawn.savefig(buffer, format="png", dpi=100 if wide else 160)
+        except Exception as error:  # whatever matplotlib says; the page has more to show
+            self.no_figure(name, error)
+            return
+        write_whole(self.folder / f"{name}.png", buffer.getvalue())
         title = drawn.get_suptitle()
         below = f"<figcaption>{escape(caption)}</figcaption>" if caption else ""
         source = base64.b64encode(buffer.getvalue()).decode()
@@ -220,15 +225,18 @@ class Page:
             f'<figure{kind}>{above}<img alt="{escape(title)}" src="data:image/png;base64,{source}">{below}</figure>'
         )
 
+    def no_figure(self, name: str, error: Exception) -> None:
+        self.add(f"<p class=note>No figure {escape(name)}: {escape(str(error)[:200])}</p>")
+
     def write(self) -> Path:
         path = self.folder / "report.html"
-        path.write_text(
+        html = (
             '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
             '<meta name="viewport" content="width=device-width, initial-scale=1">'
             f'<link rel="icon" href="data:,"><title>{escape(self.title)}</title>'
-            f"<style>{STYLE}</style></head>\n<body><main>\n" + "\n".join(self.parts) + "\n</main></body></html>\n",
-            encoding="utf-8",
+            f"<style>{STYLE}</style></head>\n<body><main>\n" + "\n".join(self.parts) + "\n</main></body></html>\n"
         )
+        write_whole(path, html.encode(errors="replace"))
         return path
 
 
@@ -375,8 +383,11 @@ def add_inside(page: Page, run: Run) -> None:
         f"<h3>Which letters surprise it: {values.mean():.3f} nats on average</h3>"
         f'<div class="box text">{"".join(letters)}</div>'
     )
-    for name, drawn in figures(net, tokenizer, ids, SHOWN):
-        page.figure(name, drawn, wide=True)
+    try:
+        for name, drawn in figures(net, tokenizer, ids, SHOWN):
+            page.figure(name, drawn, wide=True)
+    except Exception as error:  # whatever matplotlib says
+        page.no_figure("after these", error)
 
 
 def add_repeat(page: Page, run: Run) -> None:

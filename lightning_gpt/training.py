@@ -3,7 +3,7 @@
 import math
 import sys
 from copy import deepcopy
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import lightning as L
 import torch
@@ -375,6 +375,11 @@ class LanguageModel(L.LightningModule):
         return torch.optim.AdamW(self.parameter_groups(), fused=fused, capturable=fused)
 
     def on_train_start(self) -> None:
+        if (loop := self.trainer.fit_loop.epoch_loop).restarting:
+            # where a validation is due, by today's settings, Lightning begins with a turn without a batch, but counts a
+            # step for the loggers: the resumed curves would be one off
+            turn = loop._should_check_val_fx(cast(Any, self.trainer.fit_loop._data_fetcher))
+            loop._batches_that_stepped = self.trainer.global_step - turn
         self.bad_losses = torch.zeros((), dtype=torch.int64, device=self.device)
         self.compiles = self.hparams.compile
         if self.compiles:
@@ -389,12 +394,3 @@ class LanguageModel(L.LightningModule):
         for group, fresh in zip(self.trainer.optimizers[0].param_groups, self.parameter_groups(), strict=True):
             lr = torch.zeros((), device=self.device) if self.captured else 0.0
             group.update({key: fresh[key] for key in fresh if key != "params"}, lr=lr)
-
-    def on_save_checkpoint(self, checkpoint: dict) -> None:
-        # resumed where a validation was due, Lightning skips it in a turn without a batch, but counts a step for the
-        # loggers: the resumed curves would be one off
-        trainer = self.trainer
-        interval = cast(int, trainer.val_check_batch)
-        if trainer.enable_validation and (trainer.fit_loop.total_batch_idx + 1) % interval == 0:
-            counters = checkpoint["loops"]["fit_loop"]["epoch_loop.state_dict"]
-            counters["_batches_that_stepped"] = trainer.global_step - 1
