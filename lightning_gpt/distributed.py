@@ -17,7 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
-from . import __version__, checkpoint
+from . import STARTED, __version__, checkpoint
 from .model import GPT
 
 
@@ -39,11 +39,32 @@ def lost_another(error: Exception) -> bool:
     return isinstance(error, dist.DistBackendError) or isinstance(error, RuntimeError) and "gloo" in str(error)
 
 
+STARTER = "LIGHTNING_GPT_STARTER"  # the process that Lightning starts the others from, for them to know
+
+
+def started_by() -> int | None:
+    """The process that started this one to be one of several; None if nobody did."""
+    parent = STARTED[1] if STARTED[0] == os.getpid() else os.getppid()  # a fork has another one
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        return parent  # torchrun's agent is none of the ranks, and tells nothing
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        return None
+    return int(os.environ.get(STARTER, parent))
+
+
+def name_the_starter() -> None:
+    """Tell the processes that Lightning will start from this one whose they are."""
+    if started_by() is None:
+        os.environ[STARTER] = str(os.getpid())
+
+
 def end_with_the_starter() -> None:
     """A process that Lightning or torchrun started ends when its starter is killed, and does not keep its GPU."""
-    started = os.environ.get("LOCAL_RANK", "0") != "0" or "TORCHELASTIC_RUN_ID" in os.environ
-    if sys.platform == "linux" and started:
+    starter = started_by()
+    if sys.platform == "linux" and starter is not None:
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if os.getppid() != starter:  # it was killed before, while this process imported
+            os.kill(os.getpid(), signal.SIGKILL)
 
 
 def refuse_other_numbers(trainer: L.Trainer) -> None:
