@@ -7,7 +7,7 @@ from typing import cast
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import TQDMProgressBar
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, TQDMProgressBar
 from lightning.pytorch.callbacks.progress.tqdm_progress import Tqdm
 from torch import Tensor
 
@@ -15,7 +15,7 @@ from .distributed import Shards
 from .generation import check, generate
 from .memorisation import Copies
 from .model import GPT
-from .tokenizer import CharTokenizer
+from .tokenizer import CharTokenizer, Tokenizer
 from .training import LanguageModel
 
 
@@ -199,6 +199,33 @@ class Throughput(L.Callback):
     def wait(lm: L.LightningModule) -> None:
         if lm.device.type != "cpu":
             torch.accelerator.synchronize()  # steps that were only launched so far
+
+
+def monitorable(lm: LanguageModel, tokenizer: Tokenizer, after_training: bool = True) -> list[str]:
+    """The names that a validation finds logged; those of training only if values of a step were written before it."""
+    bpc = ["bpc"] if tokenizer.characters is not None else []
+    muon = ["muon_lr"] if lm.hparams.optimizer == "muon" else []
+    names = [f"val/{name}" for name in ("loss", "perplexity", *bpc, "best")]
+    of_training = ["val/gap", *(f"train/{name}" for name in ("loss", *bpc, "lr", *muon, "grad_norm"))]
+    return names + of_training * after_training
+
+
+def refuse_unknown_monitors(trainer: L.Trainer, lm: LanguageModel, tokenizer: Tokenizer) -> None:
+    """Raises ValueError if early stopping or a checkpoint callback waits for a figure that nobody logs."""
+    ours = __package__, "lightning"
+    if any(type(callback).__module__.split(".")[0] not in ours for callback in trainer.callbacks):
+        return  # one of the user's own may log what it likes
+    every, interval = trainer.log_every_n_steps * trainer.accumulate_grad_batches, trainer.val_check_interval
+    names = monitorable(lm, tokenizer, after_training=0 < every <= cast(int, interval))
+    for callback in trainer.callbacks:
+        monitor = getattr(callback, "monitor", None)
+        if isinstance(callback, EarlyStopping | ModelCheckpoint) and monitor and monitor not in names:
+            late = monitor in monitorable(lm, tokenizer)
+            what = "comes after the first validation" if late else "is logged by nobody"
+            raise ValueError(
+                f"{type(callback).__name__}'s monitor={monitor} {what}: give one of {', '.join(names)}"
+                + (", or a trainer.log_every_n_steps up to trainer.val_check_interval" if late else "")
+            )
 
 
 class ValidateAtTheEnd(L.Callback):

@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 import warnings
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import lightning as L
@@ -14,13 +15,14 @@ import torch
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import TensorBoardLogger
 from torch import distributed as dist
 
 from . import callbacks, checkpoint, lecture, main
+from .board import Board, claim, hold
 from .data import TinyShakespeare
-from .distributed import Lost, lost_another, refuse_other_numbers, several_devices
-from .main import complain, program
+from .distributed import Lost, lost_another, name_the_starter, refuse_other_numbers, several_devices
+from .files import lossy_output
+from .main import complain, program, with_notes
 from .saving import SafeIO, Save, SaveConfig, StopOnSignal, Stopped
 from .settings import (
     goes_on_in_its_folder,
@@ -61,6 +63,7 @@ class CLI(LightningCLI):
     run_folder: Path | None = None  # of the run that goes on in it
     start_step = 0
     saver: Save | None = None
+    lock: int | None = None  # on the run's folder
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -135,10 +138,12 @@ class CLI(LightningCLI):
         given = config.trainer
         if self.run_folder:  # what was logged after the checkpoint will be logged again
             root, version = self.run_folder.parents[1], int(self.run_folder.name.removeprefix("version_"))
-            board = TensorBoardLogger(root, config.name, version, default_hp_metric=False, purge_step=self.start_step)
+            board = Board(root, config.name, version, default_hp_metric=False, purge_step=self.start_step)
         else:
-            board = TensorBoardLogger(given.default_root_dir, config.name, default_hp_metric=False)
-        self.save_config_kwargs = {"folder": Path(board.log_dir)}
+            root = Path(os.path.expandvars(given.default_root_dir)).expanduser()
+            board = Board(root, config.name, default_hp_metric=False)
+        self.board, self.runs = board, root / config.name
+        self.save_config_kwargs = {"board": board}
         if given.logger is None or given.logger is True:
             kwargs["logger"] = board if fit else False
         watchers: list[L.Callback] = [callbacks.Progress()] if given.enable_progress_bar in (None, True) else []
@@ -146,12 +151,13 @@ class CLI(LightningCLI):
             self.throughput = callbacks.Throughput()
             watchers += [self.throughput, Vitals(), callbacks.ValidateAtTheEnd()]
             if given.enable_checkpointing in (None, True):
-                self.io, self.saver = SafeIO(), Save(Path(board.log_dir) / "checkpoints", config.save_every_n_steps)
+                self.io, self.saver = SafeIO(), Save(self.runs, config.save_every_n_steps)
                 kwargs["plugins"] = [self.io, *(self.config_init.fit.trainer.plugins or [])]
                 watchers += [self.saver, StopOnSignal(self.saver)]
         else:
             kwargs["plugins"] = [SafeIO(), *(self.config_init[self.config.subcommand].trainer.plugins or [])]
         if several_devices(given):
+            name_the_starter()
             if torch.cuda.is_available() and given.accelerator != "cpu" and not dist.is_nccl_available():
                 raise ValueError(
                     "several GPUs talk through NCCL, and this build of torch has none: install one that has, as PyPI's "
@@ -174,8 +180,14 @@ class CLI(LightningCLI):
 
     def before_fit(self) -> None:
         self.datamodule.refuse_unequal_shares(self.trainer.world_size)  # here, before Lightning starts the others
+        callbacks.refuse_unknown_monitors(self.trainer, self.model, self.datamodule.tokenizer)
         if self.config.fit.ckpt_path:
             self.model.init_from = None
+        if self.trainer.is_global_zero and not self.trainer.fast_dev_run:
+            self.board.folder = self.run_folder or claim(self.runs)
+            self.lock = hold(self.board.folder)
+            if self.saver is not None:
+                self.saver.folder = self.board.folder / "checkpoints"
         if self.trainer.is_global_zero:
             data, t = self.datamodule, self.trainer
             size = sum(p.numel() for p in self.model.net.parameters())
@@ -211,7 +223,8 @@ class CLI(LightningCLI):
 
     def _run_subcommand(self, subcommand: str) -> None:
         try:
-            super()._run_subcommand(subcommand)
+            with lossy_output() if subcommand == "fit" else nullcontext():
+                super()._run_subcommand(subcommand)
         except Exception as error:
             launcher = self.trainer.strategy.launcher
             if not isinstance(error, Stopped) and hasattr(launcher, "kill"):
@@ -219,6 +232,10 @@ class CLI(LightningCLI):
             if self.trainer.world_size > 1 and lost_another(error):
                 raise Lost from None
             raise
+        finally:
+            if self.lock is not None:
+                os.close(self.lock)
+                self.lock = None
 
 
 def be_quiet() -> None:
@@ -265,7 +282,8 @@ def train(args: list[str], cli: type[CLI] = CLI) -> None:
             args=named_configs(args),
         )
     except Stopped as stop:
-        print(f"lightning-gpt: {stop}. Go on with\n  {program()} fit --ckpt_path {stop.path}", file=sys.stderr)
+        with suppress(OSError):  # stderr may be a log on a full disk
+            print(f"lightning-gpt: {stop}. Go on with\n  {program()} fit --ckpt_path {stop.path}", file=sys.stderr)
         sys.exit(128 + stop.signum)
     except Lost:
         complain(
@@ -279,7 +297,9 @@ def train(args: list[str], cli: type[CLI] = CLI) -> None:
         remedy = "set MASTER_PORT (torchrun: --master_port) to a free one, the same on every machine"
         raise ValueError(f"the place for the processes to meet, {at}, {what}: {remedy}") from None
     except Diverged as error:
-        complain(". ".join([str(error), *getattr(error, "__notes__", [])]))
+        complain(with_notes(error))
         sys.exit(1)
-    except MisconfigurationException as error:
-        raise ValueError(" ".join(str(error).split())) from None
+    except (MisconfigurationException, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "Early stopping conditioned on metric" not in str(error):
+            raise
+        raise ValueError(" ".join(with_notes(error).split())) from None

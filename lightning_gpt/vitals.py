@@ -119,6 +119,10 @@ class Vitals(L.Callback):
         if cast(LanguageModel, trainer.lightning_module).logs(trainer.global_step):
             self.remember_train_loss(trainer)  # before the checkpoint of this step: a resumed run's gap needs it
 
+    def on_exception(self, trainer: L.Trainer, *_) -> None:
+        if trainer.world_size == 1 and hasattr(trainer.lightning_module, "logged_loss"):
+            self.remember_train_loss(trainer)  # as Save saves then
+
     def on_validation_epoch_end(self, trainer: L.Trainer, lm: L.LightningModule) -> None:
         if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
