@@ -101,13 +101,14 @@ class SafeIO(CheckpointIO):
             self.pool = None
 
 
-def between_steps(loops: dict[str, dict], steps: int, batches: int | None, due: bool) -> None:
+def between_steps(loops: dict[str, dict], steps: int, batches: int | None, due: bool, begun: bool) -> None:
     """Make Lightning's counters those of the moment after `steps` steps, wherever an exception has left them.
 
     Args:
         loops: the fit loop's state, which is changed.
         batches: that made up these steps; None leaves the counters of batches alone.
         due: a validation is still to be made there, from its beginning; a resumed run then makes it first.
+        begun: it had begun.
     """
 
     def put(progress: dict[str, Any], total: int) -> None:
@@ -123,7 +124,7 @@ def between_steps(loops: dict[str, dict], steps: int, batches: int | None, due: 
     loops["epoch_loop.state_dict"]["_batches_that_stepped"] = steps
     if due:  # Lightning takes up a validation that is one batch short; it counts from 0, and Save mends the total
         validation = loops["epoch_loop.val_loop.batch_progress"]
-        done = validation["total"]["completed"] - validation["current"]["completed"]
+        done = validation["total"]["completed"] - (validation["current"]["completed"] if begun else 0)
         validation["current"] = dict.fromkeys(validation["current"], 0)
         validation["total"] = {"ready": done, "started": done, "processed": done - 1, "completed": done - 1}
 
@@ -143,7 +144,6 @@ class Save(Checkpoint):
         self.folder, self.every_n_steps, self.saved_step, self.val_step = Path(folder), every_n_steps, -1, -1
         self.best_loss = self.val_loss = self.start_step = float("inf")
         self.updating = -1  # the step before the one whose update has begun
-        self.logged: Any = None  # the val/loss before this validation
 
     @property
     def last(self) -> Path:
@@ -187,7 +187,6 @@ class Save(Checkpoint):
 
     def on_validation_start(self, trainer: L.Trainer, *_) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
-            self.logged = trainer.logged_metrics.get("val/loss")
             total = trainer.fit_loop.epoch_loop.val_loop.batch_progress.total
             total.started = total.processed = total.completed = total.ready  # see between_steps
 
@@ -244,13 +243,10 @@ class Save(Checkpoint):
         endless = trainer.num_training_batches == float("inf")
         batches = step * trainer.accumulate_grad_batches if endless else None
         at_end = loop.batch_progress.total.ready == batches  # and not in a batch of the next step
-        logged = trainer.logged_metrics.get("val/loss")
-        if trainer.validating and logged is not None and logged is not self.logged:  # it failed after that
-            self.val_loss, self.val_step = float(logged), step
         soon = at_end and loop._should_check_val_fx(cast(Any, trainer.fit_loop._data_fetcher))
         due = (trainer.validating or soon) and self.val_step != step
         saved = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
-        between_steps(saved["loops"]["fit_loop"], step, batches, due)
+        between_steps(saved["loops"]["fit_loop"], step, batches, due, trainer.validating)
         for logger in trainer.loggers:
             logger.save()
         if self.val_step == step and self.val_loss < self.best_loss:
@@ -330,6 +326,9 @@ class StopOnSignal(L.Callback):
         with suppress(OSError):  # a full disk, a terminal that has gone
             name = signal.Signals(signum).name
             os.write(2, f"\n{name}: finishing this step and saving; again to stop at once\n".encode())
+
+    def on_validation_end(self, trainer: L.Trainer, *_) -> None:
+        self.saver.on_validation_end(trainer)  # whose turn is after all others, and one of those may fail
 
     def on_step_done(self, trainer: L.Trainer) -> None:
         if trainer.world_size > 1:
