@@ -1,12 +1,18 @@
 """The small print of saving, stopping and going on, one promise each."""
 
+import ast
+import io
 import math
 import os
+import resource
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,6 +24,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from lightning_gpt import checkpoint, cli
 from lightning_gpt import main as main_module
+from lightning_gpt.board import EventFile, claim, hold
 from lightning_gpt.main import main
 from lightning_gpt.model import GPT, GPTConfig
 from lightning_gpt.saving import SafeIO, Save
@@ -170,6 +177,245 @@ def test_a_run_may_be_in_another_thread(tmp_path, text_file):
     thread = threading.Thread(target=lambda: done.append(main(["fit", *TINY, *where])))
     thread.start(), thread.join()
     assert done == [None] and list(tmp_path.rglob("best.ckpt"))
+
+
+class Fail(L.Callback):
+    def on_validation_end(self, trainer, *_):
+        if trainer.global_step == 2:
+            raise ValueError("a callback's own\nlines")
+
+
+def test_what_was_validated_is_kept_though_a_callback_fails_after_it(tmp_path, text_file, capsys):
+    how = ["--trainer.val_check_interval=2", f"--trainer.callbacks=[{{class_path: {__name__}.Fail}}]"]
+    with pytest.raises(SystemExit) as stop:
+        fit(*how, corpus=text_file, root=tmp_path)
+    said = capsys.readouterr().err
+    assert stop.value.code == 2 and "last.ckpt, of step 2" in said and "Traceback" not in said
+    for name in "best", "last":
+        saved = checkpoint.read(tmp_path / f"tiny/version_0/checkpoints/{name}.ckpt")
+        assert saved["global_step"] == 2 and math.isfinite(saved["val_loss"])
+
+
+class TearWeights(L.Callback):
+    """An update that fails halfway: some weights are new, the others old."""
+
+    def on_train_start(self, trainer, *_):
+        def step(closure):
+            closure()
+            if trainer.global_step == 3:
+                raise RuntimeError("torn")
+
+        trainer.optimizers[0].step = step
+
+
+def test_half_an_update_is_not_saved(tmp_path, text_file):
+    with pytest.raises(RuntimeError, match="torn"):
+        fit(f"--trainer.callbacks=[{{class_path: {__name__}.TearWeights}}]", corpus=text_file, root=tmp_path)
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
+# board.py: a folder for each run
+
+
+def test_runs_that_start_together_get_a_folder_each(tmp_path):
+    together = threading.Barrier(8)
+
+    def start(_):
+        together.wait()
+        return claim(tmp_path / "tiny")
+
+    with ThreadPoolExecutor(8) as pool:
+        folders = set(pool.map(start, range(8)))
+    assert folders == {tmp_path / "tiny" / f"version_{n}" for n in range(8)}
+    (tmp_path / "tiny" / "version_11").touch()
+    assert claim(tmp_path / "tiny").name == "version_12"
+
+
+def test_two_processes_never_train_in_one_folder(resumable, fails):
+    lock = hold(resumable)
+    before = {file: file.read_bytes() for file in resumable.rglob("*") if file.is_file()}
+    how = [f"--trainer.default_root_dir={resumable.parents[1]}", "--trainer.max_steps=6"]
+    said = fails("fit", f"--ckpt_path={resumable}/checkpoints/last.ckpt", *how)
+    assert "another process trains in" in said and "version_0" in said
+    assert {file: file.read_bytes() for file in resumable.rglob("*") if file.is_file()} == before
+    os.close(lock)
+    main(["fit", f"--ckpt_path={resumable}/checkpoints/last.ckpt", *how])  # whose lock ends with it:
+    os.close(hold(resumable))
+
+
+def test_validate_and_a_trial_make_no_folder(ckpt, text_file, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    main(["validate", f"--ckpt_path={ckpt}", f"--trainer.default_root_dir={tmp_path}/a"])
+    fit("--trainer.fast_dev_run=true", corpus=text_file, root=tmp_path / "b")
+    assert not list(tmp_path.iterdir())
+
+
+# board.py, files.py: a disk that is full
+
+
+@contextmanager
+def file_size_limit(size):
+    """No file can be written beyond so many bytes, as if the disk were full."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_an_event_file_holds_whole_records_only_and_all_once_there_is_room(tmp_path, capsys):
+    path, records = tmp_path / "events", [bytes([n]) * 100 for n in range(9)]
+    path.touch()
+    file = EventFile(str(path), most=450)
+    file.SECONDS = 0.0
+    file.write(records[0])
+    with file_size_limit(250):
+        for record in records[1:]:
+            file.write(record)
+        file.flush()
+        assert path.read_bytes() == b"".join(records[:2])  # the third would have been half a record
+    file.close()
+    assert path.read_bytes() == b"".join(records[:6])
+    said = capsys.readouterr().err
+    assert said.count("Training goes on") == 1 and said.count("written again, but 3 records are lost") == 1
+    with file_size_limit(650):
+        file.write(records[6])
+        file.close()
+    assert path.read_bytes() == b"".join(records[:6]) and "1 records of the curves are lost" in capsys.readouterr().err
+
+
+class FillDisk(L.Callback):
+    """The disk is full from step 4 to step 9."""
+
+    filler: Path
+
+    def on_step_done(self, trainer):
+        if trainer.global_step == 4:
+            trainer.strategy.checkpoint_io.wait()
+            for size in 2**16, 1:
+                with suppress(OSError), open(self.filler, "ab", buffering=0) as file:
+                    while file.write(b"x" * size):
+                        pass
+        elif trainer.global_step == 9:
+            self.filler.unlink()
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A disk of 2 MB."""
+    (tmp_path / "disk").mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(tmp_path / "disk")]
+    if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("no disk can be mounted here")
+    yield tmp_path / "disk"
+    subprocess.run(["umount", str(tmp_path / "disk")], check=True)
+
+
+def test_a_full_disk_ends_no_training_and_costs_no_curve(disk, text_file, monkeypatch):
+    monkeypatch.setattr(FillDisk, "filler", disk / "filler", raising=False)
+    how = ["--save_every_n_steps=2", "--trainer.val_check_interval=3", "--trainer.max_steps=12"]
+    how += ["--trainer.log_every_n_steps=1", f"--trainer.callbacks=[{{class_path: {__name__}.FillDisk}}]"]
+    with open(disk / "log.txt", "w") as log, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", log)  # a log on that disk
+        patch.setattr(sys, "stderr", log)
+        fit(*how, corpus=text_file, root=disk / "runs")
+    (run,) = disk.glob("runs/tiny/*")
+    assert checkpoint.read(run / "checkpoints" / "last.ckpt")["global_step"] == 12
+    board = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
+    assert [event.step for event in board.Scalars("train/loss")] == list(range(12))
+    assert "nothing is lost" in (disk / "log.txt").read_text()
+
+
+def test_a_disk_that_takes_nothing_ends_no_training(tmp_path, text_file, capsys):
+    with file_size_limit(300), pytest.raises(SystemExit) as stop:
+        fit(corpus=text_file, root=tmp_path)
+    said = capsys.readouterr().err
+    assert stop.value.code == 1 and "the training is done, but its last state is not in" in said
+    assert "config.yaml could not be written" in said and "records of the curves are lost" in said
+    assert not list(tmp_path.rglob("config*")) and not list(tmp_path.rglob("hparams.yaml"))  # and not half of one
+
+
+def test_output_is_replaced_whole_or_not_at_all(ckpt, tmp_path, capsys):
+    file, link = tmp_path / "out.txt", tmp_path / "link.txt"
+    file.write_text("what was there")
+    file.chmod(0o640)
+    link.symlink_to(file)
+    ask = ["generate", f"--ckpt_path={ckpt}", "--max_new_tokens=30", f"--output={link}"]
+    with file_size_limit(10), pytest.raises(SystemExit) as stop:
+        main(ask)
+    assert stop.value.code == 1 and "untouched" in capsys.readouterr().err
+    assert file.read_text() == "what was there" and {f.name for f in tmp_path.iterdir()} == {"out.txt", "link.txt"}
+    main(ask)
+    assert len(file.read_text()) > 30 and link.is_symlink() and file.stat().st_mode & 0o777 == 0o640
+    main([*ask[:-1], "--output=/dev/null"])
+    assert Path("/dev/null").is_char_device()
+
+
+def test_memory_that_runs_out_in_a_save_is_said_and_ends_nothing(tmp_path, capfd):
+    saved = PARTS | {"state_dict": {"w": torch.zeros(2**24)}}
+    pid = os.fork()
+    if not pid:  # 64 MB for the weights, and room for 20 more
+        with open("/proc/self/statm") as file:
+            size = int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+        io = SafeIO()
+        for spare in 20, 100:  # for no copy; for the copy and not for the file
+            resource.setrlimit(resource.RLIMIT_AS, (size + spare * 2**20, resource.RLIM_INFINITY))
+            io.save_checkpoint(saved, tmp_path / f"{spare}.ckpt")
+            io.wait()
+        resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        io.save_checkpoint(saved, tmp_path / "20.ckpt")
+        io.wait()
+        sys.stderr.flush()
+        os._exit(0 if set(io.failed) == {tmp_path / "100.ckpt"} else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+    said = capfd.readouterr().err
+    assert "20.ckpt could not be saved at step 1: out of memory" in said and "100.ckpt could not be saved" in said
+    assert checkpoint.read(tmp_path / "20.ckpt")["global_step"] == 1
+
+
+# what is printed
+
+
+def test_a_terminal_that_lacks_a_character_ends_nothing(tmp_path, monkeypatch):
+    corpus, printed = tmp_path / "emoji.txt", io.BytesIO()
+    corpus.write_text("Łódź 🙂 — naïve\n" * 100, encoding="utf-8")
+    terminal = io.TextIOWrapper(printed, encoding="latin-1")
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", terminal)
+        fit("--trainer.val_check_interval=2", corpus=corpus, root=tmp_path)
+        main(["generate", f"--ckpt_path={next(tmp_path.rglob('best.ckpt'))}", "--prompt=🙂", "--max_new_tokens=9"])
+    terminal.flush()
+    text = printed.getvalue().decode("latin-1")
+    assert "\\U0001f642" in text and "Next:" in text
+
+
+def test_no_file_is_read_or_written_in_the_machines_own_encoding():
+    for path in Path(checkpoint.__file__).parent.glob("*.py"):
+        for call in filter(lambda node: isinstance(node, ast.Call), ast.walk(ast.parse(path.read_text("utf-8")))):
+            name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+            of_text = name in ("read_text", "write_text") or name == "open" and isinstance(call.func, ast.Name)
+            told = {arg.value for arg in call.args if isinstance(arg, ast.Constant)} & {"utf-8", "rb", "wb", "ab"}
+            told |= {keyword.arg for keyword in call.keywords} & {"encoding"}
+            assert told or not of_text, f"{path.name}, line {call.lineno}: {ast.unparse(call)}"
+
+
+# monitors
+
+
+def test_a_monitor_is_one_of_the_names_that_are_logged(tmp_path, text_file, fails):
+    watch = "--trainer.callbacks=[{class_path: lightning.pytorch.callbacks.EarlyStopping, init_args: {monitor: %s}}]"
+    how = [*TINY, f"--data.corpus={text_file}", f"--trainer.default_root_dir={tmp_path}", "--model.optimizer=muon"]
+    said = fails("fit", *how, watch % "val_loss", "--trainer.log_every_n_steps=2")
+    names = said.split("give one of ")[1].split(", ")
+    assert "monitor=val_loss is logged by nobody" in said
+    late = fails("fit", *how, watch % "train/loss", "--trainer.val_check_interval=2")  # after 50 steps
+    assert "comes after the first validation" in late and "train/lr" not in late.split("give one of ")[1]
+    assert not list(tmp_path.iterdir())
+    main(["fit", *how, watch % "val/bpc", "--trainer.log_every_n_steps=2", "--trainer.val_check_interval=2"])
+    board = EventAccumulator(str(tmp_path / "tiny" / "version_0")).Reload()
+    others = ("epoch", "perf/", "samples/", "update_ratio/")
+    assert set(names) == {tag for tag in board.Tags()["scalars"] if not tag.startswith(others)}
 
 
 # checkpoint.py
@@ -341,7 +587,7 @@ def test_a_curve_that_goes_on_from_an_older_save_has_every_step_once(tmp_path, t
 class Cut(L.Callback):
     def on_train_batch_start(self, trainer, *_):
         if trainer.global_step == 7:
-            raise KeyboardInterrupt
+            raise Diverged("and so this step is not saved")
 
 
 # cli.py

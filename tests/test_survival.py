@@ -12,6 +12,7 @@ import zipfile
 from contextlib import suppress
 from pathlib import Path
 
+import lightning as L
 import pytest
 import torch
 import yaml
@@ -30,7 +31,7 @@ from lightning_gpt.saving import SafeIO
 HARD = {
     "trainer": {"max_steps": 60, "val_check_interval": 14, "accumulate_grad_batches": 2, "log_every_n_steps": 1},
     "model": {"optimizer": "muon", "ema_decay": 0.9, "schedule": "wsd", "norm": "rms", "position": "rotary"},
-    "sample": {"length": 0},
+    "sample": {"length": 9},
     "save_every_n_steps": 3,
 }
 
@@ -62,12 +63,17 @@ def end_of(folder):
     (path,) = folder.glob("checkpoints/tiny/version_*/checkpoints/last.ckpt")
     run, last, best = path.parents[1], *map(checkpoint.read_strictly, (path, path.with_name("best.ckpt")))
     board = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
-    curves = {}
-    for tag in "train/loss", "train/lr", "train/grad_norm", "val/loss":
-        curves[tag] = {event.step: event.value for event in board.Scalars(tag)}  # the last word counts
+    tags = [tag for tag in board.Tags()["scalars"] if not tag.startswith("perf/")]
+    curves = {tag: [(event.step, event.value) for event in board.Scalars(tag)] for tag in tags}
+    for tag in board.Tags()["tensors"]:
+        if tag.startswith("samples/"):
+            curves[tag] = [(event.step, event.tensor_proto.string_val[0]) for event in board.Tensors(tag)]
     parts = ("state_dict", "optimizer_states", "loops", "global_step", "val_loss")
-    weights = {name: [saved[part] for part in parts if part != "loops"] for name, saved in (("best", best),)}
-    return {part: last[part] for part in parts} | weights | {"curves": curves}
+    return {
+        "last": {part: last[part] for part in parts},
+        "best": {part: best[part] for part in parts},
+        "curves": curves,
+    }
 
 
 def until_done(nursery, folder, args, end, moments):
@@ -129,7 +135,7 @@ def test_a_resumed_curve_has_every_step_once(nursery, hard, tmp_path):
         folder.mkdir()
         assert nursery.run(folder, *args, f"--trainer.max_steps={step}") == 0, nursery.log.read_text()
         assert nursery.run(folder, "fit", "--ckpt_path", "last", "--trainer.max_steps=20") == 0, nursery.log.read_text()
-        assert list(end_of(folder)["curves"]["train/loss"]) == list(range(20))
+        assert [step for step, _ in end_of(folder)["curves"]["train/loss"]] == list(range(20))
 
 
 def test_going_on_twice_keeps_the_folder_and_every_file_in_it(nursery, hard, tmp_path):
@@ -148,7 +154,7 @@ def test_going_on_twice_keeps_the_folder_and_every_file_in_it(nursery, hard, tmp
         before = kept
     names = {"config.yaml", "config_from_step_20.yaml", "config_from_step_40.yaml"}
     assert {file.name for file in folder.glob("config*")} == names
-    assert list(end_of(tmp_path)["curves"]["train/loss"]) == list(range(60))
+    assert [step for step, _ in end_of(tmp_path)["curves"]["train/loss"]] == list(range(60))
 
 
 def test_a_copy_of_last_or_other_data_makes_a_run_of_its_own(nursery, hard, tmp_path, text_file):
@@ -163,6 +169,36 @@ def test_a_copy_of_last_or_other_data_makes_a_run_of_its_own(nursery, hard, tmp_
         assert nursery.run(tmp_path, "fit", "--ckpt_path", *how, *more) == 0, nursery.log.read_text()
         assert (tmp_path / "checkpoints" / "tiny" / f"version_{i}").is_dir()
         shutil.rmtree(tmp_path / "checkpoints" / "tiny" / f"version_{i}" / "checkpoints")
+
+
+class Fail(L.Callback):
+    """Raises at a hook of a step."""
+
+    def __init__(self, hook: str, step: int):
+        def fail(trainer, *_):
+            if trainer.state.fn == "fit" and trainer.global_step == step:
+                raise RuntimeError("a callback's own")
+
+        setattr(self, hook, fail)
+
+
+HOOKS = [("on_before_backward", 5), ("on_validation_batch_end", 14), ("on_before_optimizer_step", 31)]
+MORE = [("on_train_batch_start", 3), ("on_validation_start", 7), ("on_validation_epoch_end", 21), ("on_step_done", 35)]
+
+
+@pytest.mark.parametrize("hooks", [HOOKS, pytest.param(MORE, marks=pytest.mark.slow)])
+def test_an_exception_anywhere_costs_no_step_and_what_goes_on_is_to_the_bit(hard, tmp_path, monkeypatch, hooks):
+    args, unbroken = hard
+    monkeypatch.chdir(tmp_path)
+    for life, (hook, step) in enumerate(hooks):
+        callback = f"--trainer.callbacks=[{{class_path: {__name__}.Fail, init_args: {{hook: {hook}, step: {step}}}}}]"
+        with pytest.raises(RuntimeError, match="own") as raised:
+            main([*(["fit", "--ckpt_path=last"] if life else map(str, args)), callback])
+        (last,) = tmp_path.glob("checkpoints/tiny/version_*/checkpoints/last.ckpt")
+        assert checkpoint.read_strictly(last)["global_step"] == step
+        assert raised.value.__notes__ == [f"The last good checkpoint is {last.relative_to(tmp_path)}, of step {step}"]
+    main(["fit", "--ckpt_path=last"])
+    assert differences(end_of(tmp_path), end_of(unbroken)) == []
 
 
 # --- saving -----------------------------------------------------------------------------------------------------------
