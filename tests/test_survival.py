@@ -7,6 +7,7 @@ import random
 import shutil
 import signal
 import subprocess
+import sys
 import time
 import zipfile
 from contextlib import suppress
@@ -21,8 +22,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lightning_gpt import checkpoint
+from lightning_gpt import checkpoint, distributed
 from lightning_gpt.data import TinyShakespeare
+from lightning_gpt.distributed import end_with_the_starter, name_the_starter
 from lightning_gpt.generation import generate
 from lightning_gpt.main import main
 from lightning_gpt.saving import SafeIO
@@ -199,6 +201,31 @@ def test_an_exception_anywhere_costs_no_step_and_what_goes_on_is_to_the_bit(hard
         assert raised.value.__notes__ == [f"The last good checkpoint is {last.relative_to(tmp_path)}, of step {step}"]
     main(["fit", "--ckpt_path=last"])
     assert differences(end_of(tmp_path), end_of(unbroken)) == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent has died")
+@pytest.mark.parametrize("by", ["Lightning", "torchrun"])
+def test_a_rank_whose_starter_died_while_it_imported_ends(by):
+    told, tell = os.pipe()
+    starter = os.fork()
+    if not starter:
+        name_the_starter()
+        parent = os.getpid()
+        if not os.fork():  # a rank, which imports while its starter dies
+            os.environ["LOCAL_RANK"] = "1"
+            if by == "torchrun":
+                os.environ["TORCHELASTIC_RUN_ID"] = "test"
+                distributed.STARTED = os.getpid(), parent
+            while os.getppid() == parent:
+                time.sleep(0.01)
+            os.write(tell, b"imported")
+            end_with_the_starter()
+            os.write(tell, b" and trains")
+        os._exit(0)
+    os.waitpid(starter, 0)
+    os.close(tell)
+    with open(told, "rb") as said:
+        assert said.read() == b"imported"
 
 
 # --- saving -----------------------------------------------------------------------------------------------------------

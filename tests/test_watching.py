@@ -1,6 +1,7 @@
 """What is looked at while it trains, and afterwards: true, complete, and without a trace in what is trained."""
 
 import base64
+import io
 import json
 import math
 import re
@@ -10,12 +11,14 @@ import sys
 from html.parser import HTMLParser
 
 import lightning as L
+import matplotlib
 import pytest
 import torch
 from conftest import TINY, T, V, loud
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from lightning.pytorch.loggers import TensorBoardLogger
+from matplotlib.text import Text
 from test_cli import scalars
 from test_training import RECIPE, fit
 
@@ -25,7 +28,7 @@ from lightning_gpt.look_inside import LookInside
 from lightning_gpt.main import main
 from lightning_gpt.memorisation import Copies
 from lightning_gpt.model import GPT, GPTConfig
-from lightning_gpt.plots import attention_maps, attention_of, losses, position_similarity, streams
+from lightning_gpt.plots import attention_maps, attention_of, draw_curves, figures, losses, position_similarity, streams
 from lightning_gpt.report import passage, read
 from lightning_gpt.tokenizer import CharTokenizer
 from lightning_gpt.training import next_token_loss
@@ -205,6 +208,57 @@ def test_without_matplotlib_training_goes_on_and_says_what_to_install(tmp_path, 
     said = [line for line in capsys.readouterr().out.splitlines() if "LookInside" in line]
     assert len(said) == 1 and "[plots]" in said[0]
     assert list(tmp_path.rglob("last.ckpt"))
+
+
+MARKUP = ["$$", "$\\\\frac$", "$", "_x", "\\\\$", "^{$", "<b>", "$a$"]
+
+
+def drawn_texts(figure):
+    """The texts of a figure that is drawn, and whether it takes any of them for a formula."""
+    figure.savefig(io.BytesIO(), format="png")
+    texts = [text for text in figure.findobj(Text) if text.get_visible() and text.get_text()]
+    return {text.get_text() for text in texts}, any(text.get_parse_math() and "$" in text.get_text() for text in texts)
+
+
+def test_text_that_is_drawn_is_never_markup(net):
+    class Markup(CharTokenizer):
+        def decode(self, ids):
+            return MARKUP[int(ids[0]) % len(MARKUP)]
+
+    tokenizer = Markup("".join(map(chr, range(97, 97 + V))))
+    for name, figure in figures(net, tokenizer, torch.arange(T + 1), shown=8):
+        texts, formulas = drawn_texts(figure)
+        assert not formulas and (name == "position_similarity" or "$$" in texts), name
+    curves = {"_a$b$c/version_0 val/loss": [(1, 2.0), (2, 1.0)], "b": [(1, 3.0)]}
+    texts, formulas = drawn_texts(draw_curves(curves, "Loss", "nats"))
+    assert not formulas and " _a$b$c/version_0 val/loss" in texts  # in the legend, too
+
+
+def test_a_figure_that_fails_ends_no_run(tmp_path, text_file, monkeypatch, capsys):
+    monkeypatch.setitem(matplotlib.rcParams, "text.usetex", True)
+    monkeypatch.setenv("PATH", str(tmp_path))  # where no LaTeX is
+    how = [f"--data.corpus={text_file}", f"--trainer.default_root_dir={tmp_path}", "--trainer.callbacks.shown=4"]
+    main(["fit", *TINY, "--config=look_inside", *how])
+    assert "LookInside has no figures of step 5" in capsys.readouterr().err
+
+
+def test_a_run_that_goes_on_keeps_all_points_and_has_none_twice(tmp_path, text_file):
+    where = [f"--trainer.default_root_dir={tmp_path}", "--trainer.log_every_n_steps=1"]
+    look = ["--config=look_inside", "--trainer.callbacks.shown=2"]
+    how = [f"--data.corpus={text_file}", "--trainer.max_steps=4", "--trainer.val_check_interval=4"]
+    main(["fit", *TINY, *look, *how, *where])
+    last = tmp_path / "tiny" / "version_0" / "checkpoints" / "last.ckpt"
+    main(["fit", f"--ckpt_path={last}", *look, *where, "--trainer.max_steps=6", "--trainer.val_check_interval=3"])
+    values, board = scalars(tmp_path / "tiny" / "version_0")
+    assert [step for step, _ in values["train/loss"]] == list(range(6))  # step 4 is no validation any more
+    for tag in "val/loss", "samples/longest_copy", "look_inside/seconds":
+        assert [step for step, _ in values[tag]] == [3, 5], tag
+    (sample,) = [tag for tag in board.Tags()["tensors"] if tag.startswith("samples/")]
+    assert [event.step for event in board.Tensors(sample)] == [3, 5]
+    assert [event.step for event in board.Images("look_inside/token_embeddings")] == [3, 5]
+    listed = next(tmp_path.rglob("projector_config.pbtxt")).read_text()
+    assert re.findall(r'"token_embeddings:0*(\d)"', listed) == ["3", "5"]
+    assert [step for step, _ in read(last.parents[1]).texts[sample.removesuffix("/text_summary")]] == [4, 6]
 
 
 # --- the report -------------------------------------------------------------------------------------------------------
