@@ -21,14 +21,20 @@ from .optim import Muon, adamw_groups, lr_factor, muon_groups
 from .seeds import mix
 
 
+def loss_of_logits(logits: Tensor, y: Tensor) -> Tensor:
+    """Mean cross-entropy of the targets y (B, T), in nats per token; in float32 at least, whatever the logits are."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # autocast would do the same
+    return F.cross_entropy(logits.flatten(0, 1), y.flatten())
+
+
 def next_token_loss(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     """Mean cross-entropy of the targets y (B, T) after the inputs x (B, T), in nats per token."""
-    return F.cross_entropy(net(x).flatten(0, 1), y.flatten())
+    return loss_of_logits(net(x), y)
 
 
 def loss_of_features(net: GPT, features: Tensor, y: Tensor) -> Tensor:
     """The same for a GPT whose `features` are there already."""
-    return F.cross_entropy(net.logits(features).flatten(0, 1), y.flatten())
+    return loss_of_logits(net.logits(features), y)
 
 
 class BitsPerCharacter(Metric):
@@ -304,6 +310,7 @@ class LanguageModel(L.LightningModule):
             self.stop_if_diverged()
         if self.compiles:
             torch.compiler.set_stance("force_eager")  # shapes vary here and in sampling: don't compile for each
+        self.val_metrics.to(torch.float32)  # Lightning has cast them with the weights, and a bfloat16 sum stops growing
 
     def on_validation_end(self) -> None:
         if self.compiles:
@@ -312,6 +319,9 @@ class LanguageModel(L.LightningModule):
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         self.measure(self.val_metrics, *batch)
         self.log_dict(self.val_metrics)
+
+    def on_test_start(self) -> None:
+        self.test_metrics.to(torch.float32)  # as in on_validation_start
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         self.measure(self.test_metrics, *batch)
@@ -330,6 +340,11 @@ class LanguageModel(L.LightningModule):
     characters: Tensor | None  # that each token id stands for, where that is known
 
     def setup(self, stage: str) -> None:
+        if stage == "fit" and self.average is not None and self.trainer.precision in ("bf16-true", "16-true"):
+            raise ValueError(
+                f"model.ema_decay={self.hparams.ema_decay} with trainer.precision={self.trainer.precision}: an average "
+                "rounded to 16 bits stops following the weights; take bf16-mixed, or --model.ema_decay 0"
+            )
         tokenizer = getattr(getattr(self.trainer, "datamodule", None), "tokenizer", None)
         table = None if tokenizer is None else tokenizer.characters
         self.register_buffer("characters", table, persistent=False)
@@ -366,6 +381,11 @@ class LanguageModel(L.LightningModule):
         return [group for group in trained if group["params"]] if hp.freeze else groups
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
+        if self.trainer.precision == "16-true":
+            raise ValueError(
+                "trainer.precision=16-true can't train: in float16 AdamW's mean of squared gradients is rounded to 0, "
+                "and weights become NaN; take bf16-mixed, or 16-mixed on a GPU"
+            )
         if self.hparams.optimizer == "muon":
             if isinstance(self.trainer.strategy, Shards):
                 raise ValueError("model.optimizer=muon takes whole matrices, and this strategy shards them: take adamw")

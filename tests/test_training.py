@@ -135,10 +135,10 @@ def test_several_devices_take_the_steps_of_one(tmp_path, devices, model):
 # --- validation -------------------------------------------------------------------------------------------------------
 
 
-def validate(lm, data, devices=1):
-    quiet = dict(logger=False, enable_progress_bar=False, enable_checkpointing=False)
+def validate(lm, data, devices=1, **how):
+    quiet = dict(logger=False, enable_progress_bar=False, enable_checkpointing=False, use_distributed_sampler=False)
     strategy = "ddp_spawn" if devices > 1 else "auto"
-    trainer = L.Trainer(accelerator="cpu", devices=devices, strategy=strategy, use_distributed_sampler=False, **quiet)
+    trainer = L.Trainer(accelerator="cpu", devices=devices, strategy=strategy, **quiet | how)
     return trainer.validate(lm, data, verbose=False)[0]
 
 
@@ -170,6 +170,48 @@ def test_val_loss_is_that_of_a_plain_loop_over_the_split(half_trained):
 def test_val_loss_is_the_same_on_any_number_of_devices(half_trained, devices):
     one, many = validate(*half_trained), validate(*half_trained, devices)
     assert many == pytest.approx(one, rel=3e-6)  # float32
+
+
+# relative to 1; Lightning takes bf16-mixed for 16-mixed where there is no GPU
+ROUNDING = {"bf16-mixed": 2**-8, "16-mixed": 2**-8, "bf16-true": 2**-8, "16-true": 2**-11, "64-true": 1e-6}
+
+
+@pytest.mark.filterwarnings("ignore:You passed:UserWarning")
+def test_val_loss_in_any_precision_is_that_of_32_true_within_its_rounding(text_file):
+    data = TinyShakespeare(str(text_file), block_size=17, batch_size=3, split=0.5)  # bfloat16 adds 48 for 51 to 1,024
+
+    def measured(precision):
+        torch.manual_seed(0)
+        lm = LanguageModel(data.vocab_size, 17, n_layer=1, n_head=2, n_embd=16)
+        torch.nn.init.normal_(lm.net.lm_head.weight, std=0.5)
+        return validate(lm, data, precision=precision)
+
+    exact = measured("32-true")
+    for precision, rounding in ROUNDING.items():
+        got = measured(precision)
+        assert (got["val/loss"], got["val/bpc"]) == pytest.approx(
+            (exact["val/loss"], exact["val/bpc"]), rel=rounding / 2
+        ), precision
+
+
+@pytest.mark.filterwarnings("ignore:You passed:UserWarning")
+def test_training_in_any_precision_is_that_of_32_true_within_its_rounding(tmp_path):
+    def trained(precision):
+        _, losses, trainer = fit(tmp_path, 8, precision=precision, model={"dropout": 0.0})
+        return [*losses, trainer.callback_metrics["train/loss"].item(), trainer.callback_metrics["val/loss"].item()]
+
+    exact = trained("32-true")
+    for precision, rounding in ROUNDING.items():
+        if precision == "16-true":
+            with pytest.raises(ValueError, match="precision=16-true can't train: in float16 AdamW's"):
+                trained(precision)
+        else:
+            assert trained(precision) == pytest.approx(exact, rel=rounding / 2), precision
+
+
+def test_an_average_in_16_bits_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="ema_decay=0.9 with trainer.precision=bf16-true: an average rounded"):
+        fit(tmp_path, 1, precision="bf16-true", model={"ema_decay": 0.9})
 
 
 # --- the weight average -----------------------------------------------------------------------------------------------
