@@ -108,7 +108,7 @@ class LanguageModel(L.LightningModule):
         betas: AdamW's decay rates of the gradient's mean and square.
         weight_decay: on matrices and embeddings; with muon, on the blocks' matrices only.
         warmup_steps: optimizer steps over which the learning rate rises to its peak.
-        schedule: how it falls from there until trainer.max_steps; wsd waits before it falls.
+        schedule: how it falls from there until the last step; wsd waits before it falls.
         min_lr_ratio: the last learning rate as a share of the peak; 1 keeps it constant.
         decay_share: share of all steps over which wsd falls.
         ema_decay: keep an exponential average of the weights, so much of which stays at every step; it is what is
@@ -222,18 +222,33 @@ class LanguageModel(L.LightningModule):
     def on_train_batch_start(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         # dice and rates are functions of the step alone, so a resumed run needs neither from the checkpoint
         torch.manual_seed(mix(self.hparams.seed, self.global_rank, self.trainer.fit_loop.total_batch_idx))
-        factor = self.lr_factor(self.trainer.global_step)
-        for group in self.trainer.optimizers[0].param_groups:
-            rate = group["peak_lr"] * factor
-            if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(rate)
-            else:
-                group["lr"] = rate
+        if groups := self.scheduled_groups():
+            factor = self.lr_factor(self.trainer.global_step)
+            for group in groups:
+                rate = group["peak_lr"] * factor
+                if isinstance(group["lr"], Tensor):
+                    group["lr"].fill_(rate)
+                else:
+                    group["lr"] = rate
         self.batch = batch
+
+    def scheduled_groups(self) -> list[dict]:
+        """The parameter groups whose learning rate follows `schedule`.
+
+        None of a subclass whose `configure_optimizers` makes groups of its own, or brings a scheduler.
+        """
+        own = self.trainer.lr_scheduler_configs
+        return [] if own else [group for group in self.trainer.optimizers[0].param_groups if "peak_lr" in group]
+
+    @property
+    def total_steps(self) -> float:
+        """Optimizer steps of the whole run, by max_steps or max_epochs, whichever is less; infinite by neither."""
+        steps = self.trainer.estimated_stepping_batches
+        return math.inf if steps == -1 else steps
 
     def lr_factor(self, step: int) -> float:
         hp = self.hparams
-        return lr_factor(step, self.trainer.max_steps, hp.warmup_steps, hp.schedule, hp.min_lr_ratio, hp.decay_share)
+        return lr_factor(step, self.total_steps, hp.warmup_steps, hp.schedule, hp.min_lr_ratio, hp.decay_share)
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer, optimizer_closure=None) -> None:
         def step():
@@ -271,7 +286,7 @@ class LanguageModel(L.LightningModule):
     def logs(self, step: int) -> bool:
         """Whether the values of a step are written; Lightning always writes those of the last one."""
         every = self.trainer.log_every_n_steps
-        return every > 0 and (step % every == 0 or step == self.trainer.max_steps)
+        return every > 0 and (step % every == 0 or step == self.total_steps)
 
     def stop_if_diverged(self, look_at_weights: bool = True) -> None:
         """Raises Diverged if a loss was no number so far, or a weight is none now."""
@@ -285,6 +300,9 @@ class LanguageModel(L.LightningModule):
         hp, factor = self.hparams, self.lr_factor(step - 1)
         rates = {"learning_rate": hp.learning_rate} | ({"muon_lr": hp.muon_lr} if hp.optimizer == "muon" else {})
         at = " and ".join(f"{name} {factor * rate:.2g} (peak {rate:g})" for name, rate in rates.items())
+        if not self.scheduled_groups():  # of a subclass
+            rates_now = [float(group["lr"]) for group in self.trainer.optimizers[0].param_groups]
+            at = f"learning rate {max(rates_now, default=0):.2g}"
         raise Diverged(f"{what} at step {step:,}, with {at}: take a lower rate")
 
     def on_train_batch_end(self, outputs, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
@@ -403,11 +421,20 @@ class LanguageModel(L.LightningModule):
             self.head_loss = torch.compile(loss_of_features, dynamic=False)
             whole = self.trainer.world_size == 1 or isinstance(self.trainer.strategy, Replicas)
             whole = whole and self.trainer.accumulate_grad_batches == 1 and self.trainer.precision != "16-mixed"
+            # another optimizer may do what can't be recorded
+            whole = whole and type(self).configure_optimizers is LanguageModel.configure_optimizers
             if self.device.type == "cuda" and whole:
                 self.captured = CapturedStep()
+        if self.total_steps == math.inf and self.hparams.min_lr_ratio < 1 and self.scheduled_groups():
+            raise ValueError(
+                f"the learning rate falls until the last step (model.schedule={self.hparams.schedule}), and nothing "
+                "says which step that is: give the Trainer max_steps too, or model.min_lr_ratio=1 for a constant rate"
+            )
         # a resumed optimizer keeps its moments, but takes its rates from today's settings
-        for group, fresh in zip(self.trainer.optimizers[0].param_groups, self.parameter_groups(), strict=True):
+        ours = {tuple(map(id, group["params"])): group for group in self.parameter_groups()}
+        for group in self.scheduled_groups():
             lr = torch.zeros((), device=self.device) if self.captured else 0.0
+            fresh = ours.get(tuple(map(id, group["params"])), {})
             group.update({key: fresh[key] for key in fresh if key != "params"}, lr=lr)
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:

@@ -35,12 +35,12 @@ class Recorded(LanguageModel):
         self.losses.append(out["loss"].item())
 
 
-def fit(folder, steps, *, devices=1, ckpt_path=None, save_at=10**9, callbacks=(), model=None, **how):
+def fit(folder, steps, *, devices=1, ckpt_path=None, save_at=10**9, callbacks=(), model=None, module=Recorded, **how):
     """Train a tiny model, in float64 unless a precision is given: its weights, its losses and the Trainer."""
     L.seed_everything(0, verbose=False)
     data = TinyShakespeare(block_size=16, batch_size=8)
     sizes = dict(block_size=16, n_layer=2, n_head=2, n_embd=16, warmup_steps=3)
-    lm = Recorded(**sizes | (model or {}))
+    lm = module(**sizes | (model or {}))
     saver = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=save_at, save_top_k=-1)
     settings = dict(gradient_clip_val=1.0, limit_val_batches=2, val_check_interval=7, check_val_every_n_epoch=None)
     quiet = dict(enable_progress_bar=False, enable_model_summary=False, logger=False)
@@ -108,6 +108,7 @@ def test_dropouts_dice_depend_on_seed_and_rank():
         lm = LanguageModel(block_size=8, n_layer=0, n_head=1, n_embd=4, seed=seed)
         no_optimizer, fifth = [SimpleNamespace(param_groups=[])], SimpleNamespace(total_batch_idx=5)
         place = dict(global_rank=rank, fit_loop=fifth, global_step=5, max_steps=9, optimizers=no_optimizer)
+        place |= dict(lr_scheduler_configs=[])
         lm._trainer = SimpleNamespace(**place)  # all that the start of a batch asks of Lightning
         lm.on_train_batch_start(None, 0)
         return torch.initial_seed()
@@ -312,6 +313,60 @@ def test_the_schedules_hit_their_marks():
             {"linear": 0.75, "cosine": 0.5 + math.sqrt(0.125)}[schedule]
         )
     assert lr_factor(7, 10, 0, "cosine", 1.0, 0.6) == 1.0
+
+
+class Plain(Recorded):
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.5)
+
+
+class OwnScheduler(Recorded):
+    def configure_optimizers(self):
+        optimizer = super().configure_optimizers()
+        return [optimizer], [{"scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 4, 0.1), "interval": "step"}]
+
+
+class OwnOptimizer(Recorded):
+    def configure_optimizers(self):
+        return torch.optim.NAdam(self.parameter_groups())
+
+
+class Rates(L.Callback):
+    def on_train_start(self, *_):
+        self.seen = []
+
+    def on_before_zero_grad(self, trainer, lm, optimizer):  # at the beginning of a step, with its rate
+        self.seen.append(optimizer.param_groups[0]["lr"])
+
+
+@pytest.mark.parametrize("module, rates", [(Plain, [0.5] * 8), (OwnScheduler, [1e-3] * 4 + [1e-4] * 4)])
+def test_a_subclass_trains_with_its_own_optimizer_and_scheduler_and_resumes(tmp_path, module, rates):
+    watch = Rates()
+    unbroken, losses, _ = fit(tmp_path, 8, save_at=6, callbacks=[watch], module=module)
+    assert watch.seen == pytest.approx(rates) and losses[0] > losses[-1]
+    resumed, tail, _ = fit(tmp_path, 8, ckpt_path=tmp_path / "step=6.ckpt", callbacks=[watch], module=module)
+    assert watch.seen == pytest.approx(rates[6:]) and tail == losses[6:]
+    assert all(torch.equal(resumed[name], unbroken[name]) for name in unbroken)
+
+
+def test_an_optimizer_of_a_subclass_with_our_parameter_groups_follows_our_schedule(tmp_path):
+    watch = Rates()
+    fit(tmp_path, 8, callbacks=[watch], module=OwnOptimizer)
+    assert watch.seen == pytest.approx([1e-3 * lr_factor(k, 8, 3, "cosine", 0.1, 0.6) for k in range(8)])
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_the_rate_falls_until_the_last_step_of_the_last_epoch(tmp_path, accumulate):
+    watch, steps = Rates(), -(-5 // accumulate) * 2
+    how = dict(max_epochs=2, limit_train_batches=5, accumulate_grad_batches=accumulate)
+    fit(tmp_path, -1, callbacks=[watch], **how)
+    assert watch.seen == pytest.approx([1e-3 * lr_factor(k, steps, 3, "cosine", 0.1, 0.6) for k in range(steps)])
+
+
+@pytest.mark.parametrize("ends", [dict(max_time="00:00:01:00"), dict(max_epochs=-1)])
+def test_a_rate_that_falls_until_a_last_step_that_nobody_knows_is_refused(tmp_path, ends):
+    with pytest.raises(ValueError, match="says which step that is: give the Trainer max_steps too"):
+        fit(tmp_path, -1, **ends)
 
 
 def test_wsd_waits_before_it_falls():
