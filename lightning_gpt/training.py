@@ -179,6 +179,7 @@ class LanguageModel(L.LightningModule):
         self.captured: CapturedStep | None = None
         self.grad_norm: Tensor | None = None
         self.step_loss: Tensor = torch.zeros(())
+        self.last_step_done = 0
         self.logged_loss: Tensor | None = None
 
     @property
@@ -213,10 +214,15 @@ class LanguageModel(L.LightningModule):
         that have `on_step_done(trainer)` are told.
         """
         trainer = self.trainer
-        if trainer.training and (trainer.fit_loop.total_batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+        if trainer.training and trainer.global_step != self.last_step_done:
+            self.last_step_done = trainer.global_step
+            # Lightning has noted already whether the next batch is the last of its epoch: a checkpoint is not to say so
+            progress = trainer.fit_loop.epoch_loop.batch_progress
+            of_next, progress.is_last_batch = progress.is_last_batch, False
             for callback in trainer.callbacks:
-                if trainer.global_step and hasattr(callback, "on_step_done"):
+                if hasattr(callback, "on_step_done"):
                     callback.on_step_done(trainer)
+            progress.is_last_batch = of_next
         return batch
 
     def on_train_batch_start(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
@@ -278,10 +284,14 @@ class LanguageModel(L.LightningModule):
         if gradient_clip_val and gradient_clip_algorithm != "value":
             nn.utils.clip_grads_with_norm_(params, gradient_clip_val, self.grad_norm)
 
+    def ends_step(self, batch_idx: int) -> bool:
+        """Whether an optimizer step ends with this batch of an epoch, as one does with the epoch's last batch."""
+        n = batch_idx + 1
+        return n % self.trainer.accumulate_grad_batches == 0 or n == self.trainer.num_training_batches
+
     def logs_after(self, batch_idx: int) -> bool:
         """Whether a step ends with this batch whose values are written; self.log takes 0.4 ms even for the others."""
-        steps_end = (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0
-        return steps_end and self.logs(self.trainer.global_step)
+        return self.ends_step(batch_idx) and self.logs(self.trainer.global_step)
 
     def logs(self, step: int) -> bool:
         """Whether the values of a step are written; Lightning always writes those of the last one."""
@@ -308,10 +318,13 @@ class LanguageModel(L.LightningModule):
     def on_train_batch_end(self, outputs, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         if (self.device.type == "cpu" and self.trainer.world_size == 1) or self.logs_after(batch_idx):
             self.stop_if_diverged(look_at_weights=False)
-        first = batch_idx % self.trainer.accumulate_grad_batches == 0
-        self.step_loss = outputs["loss"] if first else self.step_loss + outputs["loss"]  # each is divided already
+        accumulate = self.trainer.accumulate_grad_batches
+        batches = batch_idx % accumulate + 1  # of this step so far
+        # each loss is divided already
+        self.step_loss = outputs["loss"] if batches == 1 else self.step_loss + outputs["loss"]
         if self.logs_after(batch_idx):
-            loss = self.logged_loss = self.step_loss.clone()  # a replayed step writes to the same place
+            loss = self.step_loss.clone()  # a replayed step writes to the same place
+            loss = self.logged_loss = loss if batches == accumulate else loss * (accumulate / batches)
             self.log("train/loss", loss, sync_dist=self.trainer.world_size > 1)
             if self.characters is not None:
                 per_token = self.characters[batch[1]].float().mean()
@@ -380,6 +393,17 @@ class LanguageModel(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         if self._trainer and self._trainer.precision == "64-true":
             self.double()  # Lightning does so after it has put the weights in, which would round them
+        if loops := checkpoint.get("loops", {}).get("fit_loop"):
+            epochs, batches = loops["epoch_progress"], loops["epoch_loop.batch_progress"]
+            if epochs["current"]["ready"] == epochs["current"]["processed"]:  # saved when a run had ended ...
+                if batches["is_last_batch"]:  # ... with its epoch: Lightning would count the next batch to that one
+                    batches["is_last_batch"] = False
+                    steps = loops["epoch_loop.automatic_optimization.optim_progress"]["optimizer"].values()
+                    for progress in batches, loops["epoch_loop.scheduler_progress"], *steps:
+                        progress["current"] = dict.fromkeys(progress["current"], 0)
+                else:  # ... before: Lightning would go on in an epoch of another number
+                    for progress in epochs.values():
+                        progress["processed"] = progress["completed"] = progress["ready"] - 1
 
     def configure_model(self) -> None:
         if isinstance(self.trainer.strategy, Shards):
@@ -413,6 +437,7 @@ class LanguageModel(L.LightningModule):
         return torch.optim.AdamW(self.parameter_groups(), fused=fused, capturable=fused)
 
     def on_train_start(self) -> None:
+        self.last_step_done = 0  # this net may have been trained before
         self.bad_losses = torch.zeros((), dtype=torch.int64, device=self.device)
         self.compiles = self.hparams.compile
         if self.compiles:
@@ -441,7 +466,9 @@ class LanguageModel(L.LightningModule):
         # resumed where a validation was due, Lightning skips it in a turn without a batch, but counts a step for the
         # loggers: the resumed curves would be one off
         trainer = self.trainer
-        interval = cast(int, trainer.val_check_batch)
-        if trainer.enable_validation and (trainer.fit_loop.total_batch_idx + 1) % interval == 0:
-            counters = checkpoint["loops"]["fit_loop"]["epoch_loop.state_dict"]
-            counters["_batches_that_stepped"] = trainer.global_step - 1
+        if "loops" in checkpoint and trainer.enable_validation and trainer.val_check_batch:
+            every, fit_loop = trainer.check_val_every_n_epoch, trainer.fit_loop
+            batches = 1 + (fit_loop.total_batch_idx if every is None else fit_loop.batch_idx)
+            if batches % trainer.val_check_batch == 0 and (trainer.current_epoch + 1) % (every or 1) == 0:
+                counters = checkpoint["loops"]["fit_loop"]["epoch_loop.state_dict"]
+                counters["_batches_that_stepped"] = trainer.global_step - 1

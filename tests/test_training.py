@@ -12,16 +12,18 @@ import pytest
 import torch
 from conftest import MODERN
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers.logger import Logger
 from torch.nn import functional as F
 
 from lightning_gpt import checkpoint
-from lightning_gpt.callbacks import SampleText
+from lightning_gpt.callbacks import SampleText, ValidateAtTheEnd
 from lightning_gpt.data import EveryWindow, TinyShakespeare
 from lightning_gpt.distributed import Replicas
 from lightning_gpt.model import GPT, GPTConfig
 from lightning_gpt.optim import Muon, adamw_groups, lr_factor, muon_groups
 from lightning_gpt.saving import Save
 from lightning_gpt.training import LanguageModel, next_token_loss
+from lightning_gpt.vitals import Vitals
 
 RECIPE = MODERN | dict(optimizer="muon", ema_decay=0.9, schedule="wsd")
 
@@ -70,6 +72,78 @@ def test_resumed_run_is_bitwise_the_unbroken_run(tmp_path, accumulate, model):
     assert all(torch.equal(resumed[name], unbroken[name]) for name in unbroken)
 
 
+class Curves(Logger):
+    name = version = "curves"
+
+    def __init__(self):
+        super().__init__()
+        self.rows = []
+
+    def log_hyperparams(self, *_, **__): ...
+
+    def log_metrics(self, metrics, step):
+        self.rows.append((step, metrics))
+
+
+class SaveEach(L.Callback):
+    """A checkpoint between any two steps, and one at the end."""
+
+    def __init__(self, folder):
+        self.folder, self.steps = folder, []
+
+    def on_step_done(self, trainer):
+        self.steps.append(trainer.global_step)
+        trainer.save_checkpoint(self.folder / f"{trainer.global_step}.ckpt")
+
+    def on_train_end(self, trainer, lm):
+        trainer.save_checkpoint(self.folder / "end.ckpt")
+
+
+def end_of(folder, steps, **how):
+    """A run in full, to its end: losses, curves, weights, and the Trainer's counters."""
+    curves, saver = Curves(), SaveEach(folder)
+    watchers = [Vitals(), ValidateAtTheEnd(), saver]
+    weights, losses, _ = fit(folder, steps, callbacks=watchers, logger=curves, log_every_n_steps=1, **how)
+    loops = torch.load(folder / "end.ckpt", weights_only=True)["loops"]
+    return losses, curves.rows, weights, loops, saver.steps
+
+
+def assert_goes_on_as(unbroken, resumed):
+    for all_of_them, tail in zip(unbroken[:2], resumed[:2], strict=True):  # losses and curves
+        assert tail and tail == all_of_them[-len(tail) :]
+    assert all(torch.equal(resumed[2][name], unbroken[2][name]) for name in unbroken[2])
+
+
+@pytest.mark.parametrize(
+    "steps, how, cuts",
+    [
+        (6, dict(overfit_batches=2, val_check_interval=3), [2, 3]),
+        (100, dict(limit_train_batches=3, max_epochs=2, accumulate_grad_batches=2, val_check_interval=5), [2, 3]),
+        (-1, dict(limit_train_batches=3, max_epochs=2, val_check_interval=2, check_val_every_n_epoch=2), [2, 5]),
+    ],
+    ids=["overfitting", "steps of two batches and of one", "validation by the epoch"],
+)
+def test_a_run_in_epochs_resumes_bitwise_after_any_step(tmp_path, steps, how, cuts):
+    unbroken = end_of(tmp_path, steps, **how)
+    (tmp_path / "resumed").mkdir()
+    assert unbroken[4] == list(range(1, {6: 6, 100: 4, -1: 6}[steps]))
+    for step in cuts:
+        resumed = end_of(tmp_path / "resumed", steps, ckpt_path=tmp_path / f"{step}.ckpt", **how)
+        assert_goes_on_as(unbroken, resumed)
+        assert resumed[3] == unbroken[3], step
+
+
+@pytest.mark.parametrize("epochs, first", [(1, 100), (2, 4)], ids=["after an epoch", "in an epoch"])
+def test_a_run_that_had_ended_goes_on_in_the_epoch_where_it_stopped(tmp_path, epochs, first):
+    how = dict(limit_train_batches=3, model={"min_lr_ratio": 1.0})
+    end_of(tmp_path, first, max_epochs=epochs, **how)
+    saved = (tmp_path / "end.ckpt").rename(tmp_path / "first.ckpt")
+    resumed = end_of(tmp_path, 100, max_epochs=3, ckpt_path=saved, **how)
+    unbroken = end_of(tmp_path, 100, max_epochs=3, **how)
+    assert len(unbroken[0]) == 9
+    assert_goes_on_as(unbroken, resumed)
+
+
 @pytest.mark.parametrize("every", [1, 50])
 def test_the_logged_loss_is_that_of_all_batches_of_the_last_step(tmp_path, every):
     losses = []
@@ -81,6 +155,22 @@ def test_the_logged_loss_is_that_of_all_batches_of_the_last_step(tmp_path, every
     how = dict(accumulate_grad_batches=3, log_every_n_steps=every, model=dict(dropout=0.0))
     *_, trainer = fit(tmp_path, 2, callbacks=[Watch()], **how)
     assert trainer.callback_metrics["train/loss"].item() == pytest.approx(sum(losses[3:]) / 3, rel=1e-6)
+
+
+def test_the_logged_loss_of_a_step_of_fewer_batches_is_their_mean(tmp_path):
+    how = dict(limit_train_batches=3, accumulate_grad_batches=2, model=dict(dropout=0.0), log_every_n_steps=1)
+    _, losses, trainer = fit(tmp_path, 2, **how)  # each is divided by 2
+    assert trainer.callback_metrics["train/loss"].item() == pytest.approx(2 * losses[-1], rel=1e-6)
+
+
+def test_max_epochs_without_an_end_of_an_epoch_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="max_epochs=3: windows are drawn without end, so no epoch ends; give max_st"):
+        fit(tmp_path, 100, max_epochs=3)
+
+
+def test_a_run_that_its_epochs_end_is_validated_and_has_a_best_checkpoint(tmp_path):
+    fit(tmp_path, 100, max_epochs=2, limit_train_batches=2, callbacks=[ValidateAtTheEnd(), Save(tmp_path, 0)])
+    assert torch.load(tmp_path / "best.ckpt", weights_only=True)["global_step"] == 4
 
 
 def test_a_resumed_run_takes_its_rates_from_todays_settings(tmp_path):
