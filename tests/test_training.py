@@ -508,6 +508,20 @@ def test_samples_have_dice_of_their_own(tmp_path):
     assert torch.equal(one[1], two[1]) and torch.equal(torch.get_rng_state(), before)
 
 
+# --- beside other programs --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "given, rounds",
+    [({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)],
+)
+def test_threads_that_wait_soon_leave_their_core_to_others(given, rounds):
+    look = "import os, sys, lightning_gpt; print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules)"
+    ours = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    done = subprocess.run([sys.executable, "-c", look], env=ours | given, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [str(rounds), "False"]  # torch's library reads it when it is loaded
+
+
 # --- compiling --------------------------------------------------------------------------------------------------------
 
 
