@@ -6,7 +6,8 @@ Same weights (random ones), same process, in turns. "recomputing" is the loop of
 newest block_size tokens for each token, on CUDA with float32 weights under bfloat16 autocast; its mean time at lengths
 spread evenly over the text. "ours" writes the whole text, from the call to the last character on the host, on CUDA in
 bfloat16, on a CPU in float32 and then in float16. Both begin with a new line. Within a block the two give the same
-text; beyond it our context moves on by half a block whenever it is full, see `generation.stream`.
+text, but for rounding in 16 bits; beyond it our context moves on by half a block whenever it is full, see
+`generation.stream`.
 """
 
 import json as json_format

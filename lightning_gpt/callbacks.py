@@ -229,10 +229,10 @@ def refuse_unknown_monitors(trainer: L.Trainer, lm: LanguageModel, tokenizer: To
 
 
 class ValidateAtTheEnd(L.Callback):
-    """A run ends with a validation of its final weights, whatever max_steps and val_check_interval are."""
+    """A run ends with a validation of its final weights, whatever ends it, max_steps or max_epochs."""
 
-    def on_train_batch_end(self, trainer: L.Trainer, *_) -> None:
-        if trainer.global_step == trainer.max_steps:
+    def on_train_batch_end(self, trainer: L.Trainer, lm: L.LightningModule, *_) -> None:
+        if trainer.global_step == cast(LanguageModel, lm).total_steps:
             trainer.should_stop = True  # Lightning validates before it stops
 
 

@@ -1,8 +1,10 @@
 """Tiny Shakespeare, or another text, as windows of tokens. Knows nothing of the model."""
 
 import math
+import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from itertools import count
 from pathlib import Path
 from typing import Literal
 
@@ -53,13 +55,22 @@ class RandomWindows:
     """Endless training batches; batch k is a pure function of (seed, k), so resuming needs no state.
 
     A batch is (batch_size / world_size, block_size + 1) token ids, this rank's share of the global batch.
+    `numbers` is asked at the start of each iteration which k to go through.
     """
 
     def __init__(
-        self, tokens: Tensor, block_size: int, batch_size: int, seed: int, start: int = 0, rank: int = 0, world_size=1
+        self,
+        tokens: Tensor,
+        block_size: int,
+        batch_size: int,
+        seed: int,
+        numbers: Callable[[], Iterable[int]] = count,
+        rank: int = 0,
+        world_size: int = 1,
     ):
         self.windows = tokens.unfold(0, block_size + 1, 1).numpy()  # a view of all of them
-        self.batch_size, self.seed, self.start, self.rank, self.world_size = batch_size, seed, start, rank, world_size
+        self.batch_size, self.seed, self.numbers = batch_size, seed, numbers
+        self.rank, self.world_size = rank, world_size
 
     def batch(self, k: int) -> Tensor:
         dice = torch.Generator().manual_seed(mix(self.seed, k))
@@ -68,10 +79,7 @@ class RandomWindows:
         return torch.from_numpy(self.windows[at[self.rank :: self.world_size].numpy()])
 
     def __iter__(self) -> Iterator[Tensor]:
-        k = self.start
-        while True:
-            yield self.batch(k)
-            k += 1
+        return map(self.batch, self.numbers())
 
 
 class EveryWindow:
@@ -249,9 +257,21 @@ class TinyShakespeare(L.LightningDataModule):
     def train_dataloader(self) -> RandomWindows:
         t, hp = self.trainer, self.hparams
         self.refuse_unequal_shares(t.world_size)
-        start = t.fit_loop.total_batch_idx + 1  # batches seen; the Trainer has already restored that
+        if not isinstance(t.limit_train_batches, int) and (t.max_epochs or 0) > 0:
+            raise ValueError(
+                f"trainer.max_epochs={t.max_epochs}: windows are drawn without end, so no epoch ends; give max_steps, "
+                "or say by limit_train_batches how many batches an epoch has"
+            )
+
+        warnings.filterwarnings("ignore", ".*your dataloader is not resumable.*")  # by its numbers it is
+
+        def numbers() -> Iterator[int]:
+            """Of the batches from here on: epochs go on in one endless row, except that overfit_batches repeats."""
+            seen, n = t.fit_loop.total_batch_idx + 1, t.overfit_batches  # `seen` as the Trainer has restored it
+            return (k % n for k in count(seen)) if isinstance(n, int) and n else count(seen)
+
         return RandomWindows(
-            self.train_tokens, hp.block_size, hp.batch_size, hp.seed, start, t.global_rank, t.world_size
+            self.train_tokens, hp.block_size, hp.batch_size, hp.seed, numbers, t.global_rank, t.world_size
         )
 
     def val_dataloader(self) -> EveryWindow:

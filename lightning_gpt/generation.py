@@ -320,9 +320,10 @@ def stream(
     true any more. With rotary positions only distances count, and yet the cache is as void: from the second layer on a
     token's key and value were made of tokens that have left the window (they would stay true for one layer without
     n-grams, a case not worth a path of its own). So the context is read again whenever it moves. Hence text with the
-    cache is always the text without, for any stride; but beyond block_size stride 1 costs a full forward a token, and
-    block_size / 2 one for so many tokens. The logits of the latter are no approximation of the net: it is the same
-    net with a shorter past, a thing that it was trained on.
+    cache is the text without, for any stride, to the token in float32 and float64; in 16 bits both round differently,
+    which may change a draw. But beyond block_size stride 1 costs a full forward a token, and block_size / 2 one for so
+    many tokens. The logits of the latter are no approximation of the net: it is the same net with a shorter past, a
+    thing that it was trained on.
 
     Args:
         lengths: of the prompts, where they differ; row b is idx[b, :lengths[b]], what stands behind is not looked at.
@@ -331,7 +332,8 @@ def stream(
         temperature: see `sample`, also for top_k, top_p and min_p.
         repetition_penalty: above 1 divides the logits of tokens in the text by it, multiplies them if they are
             negative (CTRL, Keskar et al. 2019, section 4.1).
-        generator: the dice; one for each row makes a row's text independent of the other rows.
+        generator: the dice; one for each row makes a row's text independent of the other rows (up to rounding, as for
+            the cache).
         logprobs: whether to say how likely the net found each token, before temperature and restrictions.
         record: replay each step as a CUDA graph; None does so on CUDA where it pays.
     Raises:

@@ -148,7 +148,7 @@ class Muon(torch.optim.Optimizer):
         return self.state[p][name]
 
 
-def lr_factor(step: int, total: int, warmup: int, schedule: str, floor: float, decay_share: float) -> float:
+def lr_factor(step: int, total: float, warmup: int, schedule: str, floor: float, decay_share: float) -> float:
     """What to multiply the peak learning rate with at `step` (from 0): up in a straight line over `warmup` steps,
     down to `floor`, reached at `total`.
 

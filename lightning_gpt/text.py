@@ -142,8 +142,8 @@ def write(
     """Continue all prompts at once; yields the same texts again and again, each time some tokens longer.
 
     Args:
-        prompts: of any lengths; of one longer than block_size the net reads the end. Each text is what it would be
-            alone, as it has dice of its own: of `seed` and its place in the batch.
+        prompts: of any lengths; of one longer than block_size the net reads the end. In float32 and float64 each text
+            is what it would be alone, as it has dice of its own: of `seed` and its place in the batch.
         stop: a text ends where one of these would begin.
         seed: another seed gives other texts, the same one the same.
         stride: tokens by which a full context moves on, see `generation.stream`; null is half of block_size, which is

@@ -21,14 +21,20 @@ from .optim import Muon, adamw_groups, lr_factor, muon_groups
 from .seeds import mix
 
 
+def loss_of_logits(logits: Tensor, y: Tensor) -> Tensor:
+    """Mean cross-entropy of the targets y (B, T), in nats per token; in float32 at least, whatever the logits are."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # autocast would do the same
+    return F.cross_entropy(logits.flatten(0, 1), y.flatten())
+
+
 def next_token_loss(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     """Mean cross-entropy of the targets y (B, T) after the inputs x (B, T), in nats per token."""
-    return F.cross_entropy(net(x).flatten(0, 1), y.flatten())
+    return loss_of_logits(net(x), y)
 
 
 def loss_of_features(net: GPT, features: Tensor, y: Tensor) -> Tensor:
     """The same for a GPT whose `features` are there already."""
-    return F.cross_entropy(net.logits(features).flatten(0, 1), y.flatten())
+    return loss_of_logits(net.logits(features), y)
 
 
 class BitsPerCharacter(Metric):
@@ -102,7 +108,7 @@ class LanguageModel(L.LightningModule):
         betas: AdamW's decay rates of the gradient's mean and square.
         weight_decay: on matrices and embeddings; with muon, on the blocks' matrices only.
         warmup_steps: optimizer steps over which the learning rate rises to its peak.
-        schedule: how it falls from there until trainer.max_steps; wsd waits before it falls.
+        schedule: how it falls from there until the last step; wsd waits before it falls.
         min_lr_ratio: the last learning rate as a share of the peak; 1 keeps it constant.
         decay_share: share of all steps over which wsd falls.
         ema_decay: keep an exponential average of the weights, so much of which stays at every step; it is what is
@@ -173,6 +179,7 @@ class LanguageModel(L.LightningModule):
         self.captured: CapturedStep | None = None
         self.grad_norm: Tensor | None = None
         self.step_loss: Tensor = torch.zeros(())
+        self.last_step_done = 0
         self.logged_loss: Tensor | None = None
 
     @property
@@ -207,27 +214,47 @@ class LanguageModel(L.LightningModule):
         that have `on_step_done(trainer)` are told.
         """
         trainer = self.trainer
-        if trainer.training and (trainer.fit_loop.total_batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+        if trainer.training and trainer.global_step != self.last_step_done:
+            self.last_step_done = trainer.global_step
+            # Lightning has noted already whether the next batch is the last of its epoch: a checkpoint is not to say so
+            progress = trainer.fit_loop.epoch_loop.batch_progress
+            of_next, progress.is_last_batch = progress.is_last_batch, False
             for callback in trainer.callbacks:
-                if trainer.global_step and hasattr(callback, "on_step_done"):
+                if hasattr(callback, "on_step_done"):
                     callback.on_step_done(trainer)
+            progress.is_last_batch = of_next
         return batch
 
     def on_train_batch_start(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         # dice and rates are functions of the step alone, so a resumed run needs neither from the checkpoint
         torch.manual_seed(mix(self.hparams.seed, self.global_rank, self.trainer.fit_loop.total_batch_idx))
-        factor = self.lr_factor(self.trainer.global_step)
-        for group in self.trainer.optimizers[0].param_groups:
-            rate = group["peak_lr"] * factor
-            if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(rate)
-            else:
-                group["lr"] = rate
+        if groups := self.scheduled_groups():
+            factor = self.lr_factor(self.trainer.global_step)
+            for group in groups:
+                rate = group["peak_lr"] * factor
+                if isinstance(group["lr"], Tensor):
+                    group["lr"].fill_(rate)
+                else:
+                    group["lr"] = rate
         self.batch = batch
+
+    def scheduled_groups(self) -> list[dict]:
+        """The parameter groups whose learning rate follows `schedule`.
+
+        None of a subclass whose `configure_optimizers` makes groups of its own, or brings a scheduler.
+        """
+        own = self.trainer.lr_scheduler_configs
+        return [] if own else [group for group in self.trainer.optimizers[0].param_groups if "peak_lr" in group]
+
+    @property
+    def total_steps(self) -> float:
+        """Optimizer steps of the whole run, by max_steps or max_epochs, whichever is less; infinite by neither."""
+        steps = self.trainer.estimated_stepping_batches
+        return math.inf if steps == -1 else steps
 
     def lr_factor(self, step: int) -> float:
         hp = self.hparams
-        return lr_factor(step, self.trainer.max_steps, hp.warmup_steps, hp.schedule, hp.min_lr_ratio, hp.decay_share)
+        return lr_factor(step, self.total_steps, hp.warmup_steps, hp.schedule, hp.min_lr_ratio, hp.decay_share)
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer, optimizer_closure=None) -> None:
         def step():
@@ -257,15 +284,19 @@ class LanguageModel(L.LightningModule):
         if gradient_clip_val and gradient_clip_algorithm != "value":
             nn.utils.clip_grads_with_norm_(params, gradient_clip_val, self.grad_norm)
 
+    def ends_step(self, batch_idx: int) -> bool:
+        """Whether an optimizer step ends with this batch of an epoch, as one does with the epoch's last batch."""
+        n = batch_idx + 1
+        return n % self.trainer.accumulate_grad_batches == 0 or n == self.trainer.num_training_batches
+
     def logs_after(self, batch_idx: int) -> bool:
         """Whether a step ends with this batch whose values are written; self.log takes 0.4 ms even for the others."""
-        steps_end = (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0
-        return steps_end and self.logs(self.trainer.global_step)
+        return self.ends_step(batch_idx) and self.logs(self.trainer.global_step)
 
     def logs(self, step: int) -> bool:
         """Whether the values of a step are written; Lightning always writes those of the last one."""
         every = self.trainer.log_every_n_steps
-        return every > 0 and (step % every == 0 or step == self.trainer.max_steps)
+        return every > 0 and (step % every == 0 or step == self.total_steps)
 
     def stop_if_diverged(self, look_at_weights: bool = True) -> None:
         """Raises Diverged if a loss was no number so far, or a weight is none now."""
@@ -279,15 +310,21 @@ class LanguageModel(L.LightningModule):
         hp, factor = self.hparams, self.lr_factor(step - 1)
         rates = {"learning_rate": hp.learning_rate} | ({"muon_lr": hp.muon_lr} if hp.optimizer == "muon" else {})
         at = " and ".join(f"{name} {factor * rate:.2g} (peak {rate:g})" for name, rate in rates.items())
+        if not self.scheduled_groups():  # of a subclass
+            rates_now = [float(group["lr"]) for group in self.trainer.optimizers[0].param_groups]
+            at = f"learning rate {max(rates_now, default=0):.2g}"
         raise Diverged(f"{what} at step {step:,}, with {at}: take a lower rate")
 
     def on_train_batch_end(self, outputs, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         if (self.device.type == "cpu" and self.trainer.world_size == 1) or self.logs_after(batch_idx):
             self.stop_if_diverged(look_at_weights=False)
-        first = batch_idx % self.trainer.accumulate_grad_batches == 0
-        self.step_loss = outputs["loss"] if first else self.step_loss + outputs["loss"]  # each is divided already
+        accumulate = self.trainer.accumulate_grad_batches
+        batches = batch_idx % accumulate + 1  # of this step so far
+        # each loss is divided already
+        self.step_loss = outputs["loss"] if batches == 1 else self.step_loss + outputs["loss"]
         if self.logs_after(batch_idx):
-            loss = self.logged_loss = self.step_loss.clone()  # a replayed step writes to the same place
+            loss = self.step_loss.clone()  # a replayed step writes to the same place
+            loss = self.logged_loss = loss if batches == accumulate else loss * (accumulate / batches)
             self.log("train/loss", loss, sync_dist=self.trainer.world_size > 1)
             if self.characters is not None:
                 per_token = self.characters[batch[1]].float().mean()
@@ -304,6 +341,7 @@ class LanguageModel(L.LightningModule):
             self.stop_if_diverged()
         if self.compiles:
             torch.compiler.set_stance("force_eager")  # shapes vary here and in sampling: don't compile for each
+        self.val_metrics.to(torch.float32)  # Lightning has cast them with the weights, and a bfloat16 sum stops growing
 
     def on_validation_end(self) -> None:
         if self.compiles:
@@ -312,6 +350,9 @@ class LanguageModel(L.LightningModule):
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         self.measure(self.val_metrics, *batch)
         self.log_dict(self.val_metrics)
+
+    def on_test_start(self) -> None:
+        self.test_metrics.to(torch.float32)  # as in on_validation_start
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         self.measure(self.test_metrics, *batch)
@@ -330,6 +371,11 @@ class LanguageModel(L.LightningModule):
     characters: Tensor | None  # that each token id stands for, where that is known
 
     def setup(self, stage: str) -> None:
+        if stage == "fit" and self.average is not None and self.trainer.precision in ("bf16-true", "16-true"):
+            raise ValueError(
+                f"model.ema_decay={self.hparams.ema_decay} with trainer.precision={self.trainer.precision}: an average "
+                "rounded to 16 bits stops following the weights; take bf16-mixed, or --model.ema_decay 0"
+            )
         tokenizer = getattr(getattr(self.trainer, "datamodule", None), "tokenizer", None)
         table = None if tokenizer is None else tokenizer.characters
         self.register_buffer("characters", table, persistent=False)
@@ -347,6 +393,17 @@ class LanguageModel(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict) -> None:
         if self._trainer and self._trainer.precision == "64-true":
             self.double()  # Lightning does so after it has put the weights in, which would round them
+        if loops := checkpoint.get("loops", {}).get("fit_loop"):
+            epochs, batches = loops["epoch_progress"], loops["epoch_loop.batch_progress"]
+            if epochs["current"]["ready"] == epochs["current"]["processed"]:  # saved when a run had ended ...
+                if batches["is_last_batch"]:  # ... with its epoch: Lightning would count the next batch to that one
+                    batches["is_last_batch"] = False
+                    steps = loops["epoch_loop.automatic_optimization.optim_progress"]["optimizer"].values()
+                    for progress in batches, loops["epoch_loop.scheduler_progress"], *steps:
+                        progress["current"] = dict.fromkeys(progress["current"], 0)
+                else:  # ... before: Lightning would go on in an epoch of another number
+                    for progress in epochs.values():
+                        progress["processed"] = progress["completed"] = progress["ready"] - 1
 
     def configure_model(self) -> None:
         if isinstance(self.trainer.strategy, Shards):
@@ -366,6 +423,11 @@ class LanguageModel(L.LightningModule):
         return [group for group in trained if group["params"]] if hp.freeze else groups
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
+        if self.trainer.precision == "16-true":
+            raise ValueError(
+                "trainer.precision=16-true can't train: in float16 AdamW's mean of squared gradients is rounded to 0, "
+                "and weights become NaN; take bf16-mixed, or 16-mixed on a GPU"
+            )
         if self.hparams.optimizer == "muon":
             if isinstance(self.trainer.strategy, Shards):
                 raise ValueError("model.optimizer=muon takes whole matrices, and this strategy shards them: take adamw")
@@ -380,6 +442,7 @@ class LanguageModel(L.LightningModule):
             # step for the loggers: the resumed curves would be one off
             turn = loop._should_check_val_fx(cast(Any, self.trainer.fit_loop._data_fetcher))
             loop._batches_that_stepped = self.trainer.global_step - turn
+        self.last_step_done = 0  # this net may have been trained before
         self.bad_losses = torch.zeros((), dtype=torch.int64, device=self.device)
         self.compiles = self.hparams.compile
         if self.compiles:
@@ -388,9 +451,18 @@ class LanguageModel(L.LightningModule):
             self.head_loss = torch.compile(loss_of_features, dynamic=False)
             whole = self.trainer.world_size == 1 or isinstance(self.trainer.strategy, Replicas)
             whole = whole and self.trainer.accumulate_grad_batches == 1 and self.trainer.precision != "16-mixed"
+            # another optimizer may do what can't be recorded
+            whole = whole and type(self).configure_optimizers is LanguageModel.configure_optimizers
             if self.device.type == "cuda" and whole:
                 self.captured = CapturedStep()
+        if self.total_steps == math.inf and self.hparams.min_lr_ratio < 1 and self.scheduled_groups():
+            raise ValueError(
+                f"the learning rate falls until the last step (model.schedule={self.hparams.schedule}), and nothing "
+                "says which step that is: give the Trainer max_steps too, or model.min_lr_ratio=1 for a constant rate"
+            )
         # a resumed optimizer keeps its moments, but takes its rates from today's settings
-        for group, fresh in zip(self.trainer.optimizers[0].param_groups, self.parameter_groups(), strict=True):
+        ours = {tuple(map(id, group["params"])): group for group in self.parameter_groups()}
+        for group in self.scheduled_groups():
             lr = torch.zeros((), device=self.device) if self.captured else 0.0
+            fresh = ours.get(tuple(map(id, group["params"])), {})
             group.update({key: fresh[key] for key in fresh if key != "params"}, lr=lr)

@@ -84,8 +84,8 @@ class Vitals(L.Callback):
         return {name: (p.to_local() if isinstance(p, DTensor) else p).detach() for name, p in lm.net.named_parameters()}
 
     def on_train_batch_start(self, trainer: L.Trainer, lm: L.LightningModule, batch, batch_idx: int) -> None:
-        model, ends = cast(LanguageModel, lm), (batch_idx + 1) % trainer.accumulate_grad_batches == 0
-        if trainer.loggers and ends and model.logs(trainer.global_step + 1):
+        model = cast(LanguageModel, lm)
+        if trainer.loggers and model.ends_step(batch_idx) and model.logs(trainer.global_step + 1):
             self.before = [w.clone() for w in self.weights(model).values()]
 
     @torch.no_grad()

@@ -1,6 +1,7 @@
 """The corpus and its windows."""
 
 import hashlib
+from itertools import count
 from types import SimpleNamespace
 
 import numpy as np
@@ -36,7 +37,7 @@ def test_a_batch_depends_on_seed_and_number_alone():
     first, again, other = (RandomWindows(LINE, 8, 4, seed) for seed in (1, 1, 2))
     assert torch.equal(first.batch(5), again.batch(5))
     assert not torch.equal(first.batch(5), first.batch(6)) and not torch.equal(first.batch(5), other.batch(5))
-    late = iter(RandomWindows(LINE, 8, 4, 1, start=5))
+    late = iter(RandomWindows(LINE, 8, 4, 1, lambda: count(5)))
     assert torch.equal(next(late), first.batch(5)) and torch.equal(next(late), first.batch(6))
 
 
@@ -47,7 +48,7 @@ def test_windows_reach_both_ends_of_the_split():
 
 def test_ranks_shares_make_up_the_global_batch():
     whole = RandomWindows(LINE, 8, 6, seed=1).batch(5)
-    parts = [RandomWindows(LINE, 8, 6, 1, 0, rank, 3).batch(5) for rank in range(3)]
+    parts = [RandomWindows(LINE, 8, 6, 1, rank=rank, world_size=3).batch(5) for rank in range(3)]
     assert torch.equal(torch.stack(parts, 1).flatten(0, 1), whole)
 
 
@@ -110,8 +111,9 @@ def test_validation_predicts_every_token_but_the_first_once(n, world_size):
 def on_rank(rank, world_size):
     """The data as one of several processes gets it."""
     data = TinyShakespeare(block_size=16, batch_size=6)
+    endless = dict(limit_train_batches=1.0, max_epochs=-1, overfit_batches=0.0)
     data.trainer = SimpleNamespace(
-        fit_loop=SimpleNamespace(total_batch_idx=-1), global_rank=rank, world_size=world_size
+        fit_loop=SimpleNamespace(total_batch_idx=-1), global_rank=rank, world_size=world_size, **endless
     )
     return data
 
@@ -128,6 +130,16 @@ def test_the_loaders_give_each_rank_its_own_share():
     assert torch.equal(torch.stack(parts, 1).flatten(0, 1), whole)
     targets = sum(window[:, 1:].numel() for rank in range(3) for window in on_rank(rank, 3).val_dataloader())
     assert targets == len(on_rank(0, 1).val_tokens) - 1
+
+
+@pytest.mark.parametrize("overfit, numbers", [(0.0, [5, 6, 7]), (2, [1, 0, 1])])
+def test_an_epoch_begins_where_the_one_before_ended_and_overfitting_repeats(overfit, numbers):
+    data = on_rank(0, 1)
+    data.trainer.overfit_batches = overfit
+    loader = data.train_dataloader()
+    data.trainer.fit_loop.total_batch_idx = 4  # five batches are done
+    for batch, k in zip(loader, numbers, strict=False):
+        assert torch.equal(batch, loader.batch(k))
 
 
 def test_a_batch_that_the_devices_cannot_share_is_refused():

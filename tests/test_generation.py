@@ -58,6 +58,16 @@ def dice_for(seeds):
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])  # bfloat16 rounds row 2 to another text
+def test_a_text_drawn_in_a_batch_is_to_the_token_what_it_is_alone_and_without_a_cache(dtype):
+    net = loud(GPT(GPTConfig(65, 64, n_layer=3, n_head=2, n_embd=16, dropout=0.0, **MODERN))).to(dtype)
+    prompts, lengths = torch.arange(21).view(3, 7), [3, 7, 3]
+    together = generate(net, prompts, 40, lengths=lengths, generator=dice_for(range(3)))
+    for seed, (row, prompt, n) in enumerate(zip(together, prompts, lengths, strict=True)):
+        alone = generate(net, prompt[None, :n], 40, generator=dice_for([seed]), use_cache=False)
+        assert torch.equal(row[: n + 40], alone[0])
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs")
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])  # the latter in kernels of our own
 @pytest.mark.parametrize("lengths", [[3, 3], [T, 4]])

@@ -12,16 +12,18 @@ import pytest
 import torch
 from conftest import MODERN
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers.logger import Logger
 from torch.nn import functional as F
 
 from lightning_gpt import checkpoint
-from lightning_gpt.callbacks import SampleText
+from lightning_gpt.callbacks import SampleText, ValidateAtTheEnd
 from lightning_gpt.data import EveryWindow, TinyShakespeare
 from lightning_gpt.distributed import Replicas
 from lightning_gpt.model import GPT, GPTConfig
 from lightning_gpt.optim import Muon, adamw_groups, lr_factor, muon_groups
 from lightning_gpt.saving import Save
 from lightning_gpt.training import LanguageModel, next_token_loss
+from lightning_gpt.vitals import Vitals
 
 RECIPE = MODERN | dict(optimizer="muon", ema_decay=0.9, schedule="wsd")
 
@@ -35,12 +37,12 @@ class Recorded(LanguageModel):
         self.losses.append(out["loss"].item())
 
 
-def fit(folder, steps, *, devices=1, ckpt_path=None, save_at=10**9, callbacks=(), model=None, **how):
+def fit(folder, steps, *, devices=1, ckpt_path=None, save_at=10**9, callbacks=(), model=None, module=Recorded, **how):
     """Train a tiny model, in float64 unless a precision is given: its weights, its losses and the Trainer."""
     L.seed_everything(0, verbose=False)
     data = TinyShakespeare(block_size=16, batch_size=8)
     sizes = dict(block_size=16, n_layer=2, n_head=2, n_embd=16, warmup_steps=3)
-    lm = Recorded(**sizes | (model or {}))
+    lm = module(**sizes | (model or {}))
     saver = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=save_at, save_top_k=-1)
     settings = dict(gradient_clip_val=1.0, limit_val_batches=2, val_check_interval=7, check_val_every_n_epoch=None)
     quiet = dict(enable_progress_bar=False, enable_model_summary=False, logger=False)
@@ -70,6 +72,78 @@ def test_resumed_run_is_bitwise_the_unbroken_run(tmp_path, accumulate, model):
     assert all(torch.equal(resumed[name], unbroken[name]) for name in unbroken)
 
 
+class Curves(Logger):
+    name = version = "curves"
+
+    def __init__(self):
+        super().__init__()
+        self.rows = []
+
+    def log_hyperparams(self, *_, **__): ...
+
+    def log_metrics(self, metrics, step):
+        self.rows.append((step, metrics))
+
+
+class SaveEach(L.Callback):
+    """A checkpoint between any two steps, and one at the end."""
+
+    def __init__(self, folder):
+        self.folder, self.steps = folder, []
+
+    def on_step_done(self, trainer):
+        self.steps.append(trainer.global_step)
+        trainer.save_checkpoint(self.folder / f"{trainer.global_step}.ckpt")
+
+    def on_train_end(self, trainer, lm):
+        trainer.save_checkpoint(self.folder / "end.ckpt")
+
+
+def end_of(folder, steps, **how):
+    """A run in full, to its end: losses, curves, weights, and the Trainer's counters."""
+    curves, saver = Curves(), SaveEach(folder)
+    watchers = [Vitals(), ValidateAtTheEnd(), saver]
+    weights, losses, _ = fit(folder, steps, callbacks=watchers, logger=curves, log_every_n_steps=1, **how)
+    loops = torch.load(folder / "end.ckpt", weights_only=True)["loops"]
+    return losses, curves.rows, weights, loops, saver.steps
+
+
+def assert_goes_on_as(unbroken, resumed):
+    for all_of_them, tail in zip(unbroken[:2], resumed[:2], strict=True):  # losses and curves
+        assert tail and tail == all_of_them[-len(tail) :]
+    assert all(torch.equal(resumed[2][name], unbroken[2][name]) for name in unbroken[2])
+
+
+@pytest.mark.parametrize(
+    "steps, how, cuts",
+    [
+        (6, dict(overfit_batches=2, val_check_interval=3), [2, 3]),
+        (100, dict(limit_train_batches=3, max_epochs=2, accumulate_grad_batches=2, val_check_interval=5), [2, 3]),
+        (-1, dict(limit_train_batches=3, max_epochs=2, val_check_interval=2, check_val_every_n_epoch=2), [2, 5]),
+    ],
+    ids=["overfitting", "steps of two batches and of one", "validation by the epoch"],
+)
+def test_a_run_in_epochs_resumes_bitwise_after_any_step(tmp_path, steps, how, cuts):
+    unbroken = end_of(tmp_path, steps, **how)
+    (tmp_path / "resumed").mkdir()
+    assert unbroken[4] == list(range(1, {6: 6, 100: 4, -1: 6}[steps]))
+    for step in cuts:
+        resumed = end_of(tmp_path / "resumed", steps, ckpt_path=tmp_path / f"{step}.ckpt", **how)
+        assert_goes_on_as(unbroken, resumed)
+        assert resumed[3] == unbroken[3], step
+
+
+@pytest.mark.parametrize("epochs, first", [(1, 100), (2, 4)], ids=["after an epoch", "in an epoch"])
+def test_a_run_that_had_ended_goes_on_in_the_epoch_where_it_stopped(tmp_path, epochs, first):
+    how = dict(limit_train_batches=3, model={"min_lr_ratio": 1.0})
+    end_of(tmp_path, first, max_epochs=epochs, **how)
+    saved = (tmp_path / "end.ckpt").rename(tmp_path / "first.ckpt")
+    resumed = end_of(tmp_path, 100, max_epochs=3, ckpt_path=saved, **how)
+    unbroken = end_of(tmp_path, 100, max_epochs=3, **how)
+    assert len(unbroken[0]) == 9
+    assert_goes_on_as(unbroken, resumed)
+
+
 @pytest.mark.parametrize("every", [1, 50])
 def test_the_logged_loss_is_that_of_all_batches_of_the_last_step(tmp_path, every):
     losses = []
@@ -81,6 +155,22 @@ def test_the_logged_loss_is_that_of_all_batches_of_the_last_step(tmp_path, every
     how = dict(accumulate_grad_batches=3, log_every_n_steps=every, model=dict(dropout=0.0))
     *_, trainer = fit(tmp_path, 2, callbacks=[Watch()], **how)
     assert trainer.callback_metrics["train/loss"].item() == pytest.approx(sum(losses[3:]) / 3, rel=1e-6)
+
+
+def test_the_logged_loss_of_a_step_of_fewer_batches_is_their_mean(tmp_path):
+    how = dict(limit_train_batches=3, accumulate_grad_batches=2, model=dict(dropout=0.0), log_every_n_steps=1)
+    _, losses, trainer = fit(tmp_path, 2, **how)  # each is divided by 2
+    assert trainer.callback_metrics["train/loss"].item() == pytest.approx(2 * losses[-1], rel=1e-6)
+
+
+def test_max_epochs_without_an_end_of_an_epoch_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="max_epochs=3: windows are drawn without end, so no epoch ends; give max_st"):
+        fit(tmp_path, 100, max_epochs=3)
+
+
+def test_a_run_that_its_epochs_end_is_validated_and_has_a_best_checkpoint(tmp_path):
+    fit(tmp_path, 100, max_epochs=2, limit_train_batches=2, callbacks=[ValidateAtTheEnd(), Save(tmp_path, 0)])
+    assert torch.load(tmp_path / "best.ckpt", weights_only=True)["global_step"] == 4
 
 
 def test_a_resumed_run_takes_its_rates_from_todays_settings(tmp_path):
@@ -108,6 +198,7 @@ def test_dropouts_dice_depend_on_seed_and_rank():
         lm = LanguageModel(block_size=8, n_layer=0, n_head=1, n_embd=4, seed=seed)
         no_optimizer, fifth = [SimpleNamespace(param_groups=[])], SimpleNamespace(total_batch_idx=5)
         place = dict(global_rank=rank, fit_loop=fifth, global_step=5, max_steps=9, optimizers=no_optimizer)
+        place |= dict(lr_scheduler_configs=[])
         lm._trainer = SimpleNamespace(**place)  # all that the start of a batch asks of Lightning
         lm.on_train_batch_start(None, 0)
         return torch.initial_seed()
@@ -135,10 +226,10 @@ def test_several_devices_take_the_steps_of_one(tmp_path, devices, model):
 # --- validation -------------------------------------------------------------------------------------------------------
 
 
-def validate(lm, data, devices=1):
-    quiet = dict(logger=False, enable_progress_bar=False, enable_checkpointing=False)
+def validate(lm, data, devices=1, **how):
+    quiet = dict(logger=False, enable_progress_bar=False, enable_checkpointing=False, use_distributed_sampler=False)
     strategy = "ddp_spawn" if devices > 1 else "auto"
-    trainer = L.Trainer(accelerator="cpu", devices=devices, strategy=strategy, use_distributed_sampler=False, **quiet)
+    trainer = L.Trainer(accelerator="cpu", devices=devices, strategy=strategy, **quiet | how)
     return trainer.validate(lm, data, verbose=False)[0]
 
 
@@ -170,6 +261,48 @@ def test_val_loss_is_that_of_a_plain_loop_over_the_split(half_trained):
 def test_val_loss_is_the_same_on_any_number_of_devices(half_trained, devices):
     one, many = validate(*half_trained), validate(*half_trained, devices)
     assert many == pytest.approx(one, rel=3e-6)  # float32
+
+
+# relative to 1; Lightning takes bf16-mixed for 16-mixed where there is no GPU
+ROUNDING = {"bf16-mixed": 2**-8, "16-mixed": 2**-8, "bf16-true": 2**-8, "16-true": 2**-11, "64-true": 1e-6}
+
+
+@pytest.mark.filterwarnings("ignore:You passed:UserWarning")
+def test_val_loss_in_any_precision_is_that_of_32_true_within_its_rounding(text_file):
+    data = TinyShakespeare(str(text_file), block_size=17, batch_size=3, split=0.5)  # bfloat16 adds 48 for 51 to 1,024
+
+    def measured(precision):
+        torch.manual_seed(0)
+        lm = LanguageModel(data.vocab_size, 17, n_layer=1, n_head=2, n_embd=16)
+        torch.nn.init.normal_(lm.net.lm_head.weight, std=0.5)
+        return validate(lm, data, precision=precision)
+
+    exact = measured("32-true")
+    for precision, rounding in ROUNDING.items():
+        got = measured(precision)
+        assert (got["val/loss"], got["val/bpc"]) == pytest.approx(
+            (exact["val/loss"], exact["val/bpc"]), rel=rounding / 2
+        ), precision
+
+
+@pytest.mark.filterwarnings("ignore:You passed:UserWarning")
+def test_training_in_any_precision_is_that_of_32_true_within_its_rounding(tmp_path):
+    def trained(precision):
+        _, losses, trainer = fit(tmp_path, 8, precision=precision, model={"dropout": 0.0})
+        return [*losses, trainer.callback_metrics["train/loss"].item(), trainer.callback_metrics["val/loss"].item()]
+
+    exact = trained("32-true")
+    for precision, rounding in ROUNDING.items():
+        if precision == "16-true":
+            with pytest.raises(ValueError, match="precision=16-true can't train: in float16 AdamW's"):
+                trained(precision)
+        else:
+            assert trained(precision) == pytest.approx(exact, rel=rounding / 2), precision
+
+
+def test_an_average_in_16_bits_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="ema_decay=0.9 with trainer.precision=bf16-true: an average rounded"):
+        fit(tmp_path, 1, precision="bf16-true", model={"ema_decay": 0.9})
 
 
 # --- the weight average -----------------------------------------------------------------------------------------------
@@ -272,6 +405,60 @@ def test_the_schedules_hit_their_marks():
     assert lr_factor(7, 10, 0, "cosine", 1.0, 0.6) == 1.0
 
 
+class Plain(Recorded):
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.5)
+
+
+class OwnScheduler(Recorded):
+    def configure_optimizers(self):
+        optimizer = super().configure_optimizers()
+        return [optimizer], [{"scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 4, 0.1), "interval": "step"}]
+
+
+class OwnOptimizer(Recorded):
+    def configure_optimizers(self):
+        return torch.optim.NAdam(self.parameter_groups())
+
+
+class Rates(L.Callback):
+    def on_train_start(self, *_):
+        self.seen = []
+
+    def on_before_zero_grad(self, trainer, lm, optimizer):  # at the beginning of a step, with its rate
+        self.seen.append(optimizer.param_groups[0]["lr"])
+
+
+@pytest.mark.parametrize("module, rates", [(Plain, [0.5] * 8), (OwnScheduler, [1e-3] * 4 + [1e-4] * 4)])
+def test_a_subclass_trains_with_its_own_optimizer_and_scheduler_and_resumes(tmp_path, module, rates):
+    watch = Rates()
+    unbroken, losses, _ = fit(tmp_path, 8, save_at=6, callbacks=[watch], module=module)
+    assert watch.seen == pytest.approx(rates) and losses[0] > losses[-1]
+    resumed, tail, _ = fit(tmp_path, 8, ckpt_path=tmp_path / "step=6.ckpt", callbacks=[watch], module=module)
+    assert watch.seen == pytest.approx(rates[6:]) and tail == losses[6:]
+    assert all(torch.equal(resumed[name], unbroken[name]) for name in unbroken)
+
+
+def test_an_optimizer_of_a_subclass_with_our_parameter_groups_follows_our_schedule(tmp_path):
+    watch = Rates()
+    fit(tmp_path, 8, callbacks=[watch], module=OwnOptimizer)
+    assert watch.seen == pytest.approx([1e-3 * lr_factor(k, 8, 3, "cosine", 0.1, 0.6) for k in range(8)])
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_the_rate_falls_until_the_last_step_of_the_last_epoch(tmp_path, accumulate):
+    watch, steps = Rates(), -(-5 // accumulate) * 2
+    how = dict(max_epochs=2, limit_train_batches=5, accumulate_grad_batches=accumulate)
+    fit(tmp_path, -1, callbacks=[watch], **how)
+    assert watch.seen == pytest.approx([1e-3 * lr_factor(k, steps, 3, "cosine", 0.1, 0.6) for k in range(steps)])
+
+
+@pytest.mark.parametrize("ends", [dict(max_time="00:00:01:00"), dict(max_epochs=-1)])
+def test_a_rate_that_falls_until_a_last_step_that_nobody_knows_is_refused(tmp_path, ends):
+    with pytest.raises(ValueError, match="says which step that is: give the Trainer max_steps too"):
+        fit(tmp_path, -1, **ends)
+
+
 def test_wsd_waits_before_it_falls():
     f = [lr_factor(k, 110, 10, "wsd", 0.0, 0.4) for k in range(111)]
     assert f[0] == pytest.approx(1 / 11) and set(f[10:67]) == {1.0}
@@ -319,6 +506,20 @@ def test_samples_have_dice_of_their_own(tmp_path):
     before = torch.get_rng_state()
     (one,), (two,) = (sampler.sample(trainer, trainer.lightning_module, ["To be "]) for _ in range(2))
     assert torch.equal(one[1], two[1]) and torch.equal(torch.get_rng_state(), before)
+
+
+# --- beside other programs --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "given, rounds",
+    [({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)],
+)
+def test_threads_that_wait_soon_leave_their_core_to_others(given, rounds):
+    look = "import os, sys, lightning_gpt; print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules)"
+    ours = {name: value for name, value in os.environ.items() if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    done = subprocess.run([sys.executable, "-c", look], env=ours | given, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [str(rounds), "False"]  # torch's library reads it when it is loaded
 
 
 # --- compiling --------------------------------------------------------------------------------------------------------
