@@ -1,14 +1,15 @@
 """Text to token ids and back: characters, bytes, byte pairs, GPT-2's. What it takes to rebuild one is plain data.
 
-A tokenizer has `encode` (text to int64 ids), `decode`, `unknown` (what of a text has no id), `len`, and `characters`:
-how many characters of the text each id stands for, so that losses over different vocabularies compare. An id of several
-bytes counts those bytes that begin a character, so the counts of a text's tokens add up to its length.
+A tokenizer has `encode` (text to int64 ids), `decode`, `decode_bytes` (ids to UTF-8, which may end within a character),
+`unknown` (what of a text has no id), `len`, and `characters`: how many characters of the text each id stands for, so
+that losses over different vocabularies compare. An id of several bytes counts those bytes that begin a character, so
+the counts of a text's tokens add up to its length.
 """
 
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from importlib import import_module
 from itertools import chain
@@ -91,10 +92,13 @@ class CharTokenizer:
     def decode(self, ids: Tensor) -> str:
         return "".join(self.vocabulary[i] for i in ids.flatten().tolist())
 
+    def decode_bytes(self, ids: Sequence[int]) -> bytes:
+        return "".join(self.vocabulary[i] for i in ids).encode(errors="replace")
 
-def _joined(pieces: list[bytes], ids: Tensor) -> str:
-    """The text of ids whose bytes are `pieces`; what is no whole UTF-8 character shows as U+FFFD."""
-    return b"".join(pieces[i] if i < len(pieces) else b"\xff" for i in ids.flatten().tolist()).decode(errors="replace")
+
+def _joined(pieces: list[bytes], ids: Sequence[int]) -> bytes:
+    """The bytes of ids whose bytes are `pieces`; an id without a meaning is no UTF-8, and shows as U+FFFD."""
+    return b"".join(pieces[i] if i < len(pieces) else b"\xff" for i in ids)
 
 
 def _characters(pieces: list[bytes], size: int) -> Tensor:
@@ -137,6 +141,9 @@ class ByteTokenizer:
         return torch.from_numpy(np.frombuffer(text.encode(), dtype=np.uint8).astype(np.int64))
 
     def decode(self, ids: Tensor) -> str:
+        return self.decode_bytes(ids.flatten().tolist()).decode(errors="replace")
+
+    def decode_bytes(self, ids: Sequence[int]) -> bytes:
         return _joined(self.PIECES, ids)
 
 
@@ -245,6 +252,9 @@ class BPETokenizer:
         return torch.from_numpy(np.fromiter(chain.from_iterable(map(self.ids_of.__getitem__, words)), np.int64))
 
     def decode(self, ids: Tensor) -> str:
+        return self.decode_bytes(ids.flatten().tolist()).decode(errors="replace")
+
+    def decode_bytes(self, ids: Sequence[int]) -> bytes:
         return _joined(self.pieces, ids)
 
 
@@ -298,6 +308,9 @@ class GPT2Tokenizer:
         return torch.tensor([i for piece in ids for i in piece], dtype=torch.int64)
 
     def decode(self, ids: Tensor) -> str:
+        return self.decode_bytes(ids.flatten().tolist()).decode(errors="replace")
+
+    def decode_bytes(self, ids: Sequence[int]) -> bytes:
         return _joined(self.pieces, ids)
 
 
@@ -331,7 +344,10 @@ class TokenIds:
         return torch.tensor([int(word) for word in text.split()])
 
     def decode(self, ids: Tensor) -> str:
-        return "".join(f"{i} " for i in ids.flatten().tolist())
+        return self.decode_bytes(ids.flatten().tolist()).decode()
+
+    def decode_bytes(self, ids: Sequence[int]) -> bytes:
+        return "".join(f"{i} " for i in ids).encode()
 
 
 Tokenizer = CharTokenizer | ByteTokenizer | BPETokenizer | GPT2Tokenizer | TokenIds
