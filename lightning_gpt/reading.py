@@ -184,7 +184,8 @@ def tokenizer_for(
         return GPT2Tokenizer(size)
     if kind == "bpe":
         if vocabulary is None:
-            vocabulary = BPETokenizer.merges_of(training_text(), BPE_SIZE if size is None else size)
+            long = len(next(iter(training_text()), "")) > 2**20
+            vocabulary = BPETokenizer.merges_of(training_text(), BPE_SIZE if size is None else size, long)
             if (found := len(BPETokenizer(vocabulary))) < (size or 0):
                 say(f"the training text has pairs for {found:,} ids; the others of token_kinds={size:,} mean nothing")
         return BPETokenizer(vocabulary, size)
