@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lightning_gpt
-from lightning_gpt import checkpoint, text
+from lightning_gpt import checkpoint, speak, text
 from lightning_gpt.data import TINY_SHAKESPEARE, EveryWindow
 from lightning_gpt.main import main
 from lightning_gpt.model import GPT, GPTConfig
@@ -199,6 +199,34 @@ def test_a_prompt_comes_from_a_file_or_from_stdin_and_the_text_may_go_to_a_file(
     assert told.out == "" and "20 characters" in told.err and (tmp_path / "out.txt").read_text() == expected
 
 
+@pytest.mark.parametrize("start, end", [("", "\r\n"), ("", "\r"), ("\ufeff", "\n")])
+def test_files_and_stdin_are_read_as_training_reads_a_text(ckpt, text_file, tmp_path, capsys, monkeypatch, start, end):
+    words = text_file.read_text()[-300:]
+    changed = (start + words.replace("\n", end)).encode()
+    assert changed != words.encode()
+    (tmp_path / "plain").write_bytes(words.encode())
+    (tmp_path / "changed").write_bytes(changed)
+
+    def scored(file):
+        main(["score", f"--text_file={file}", f"--ckpt_path={ckpt}", "--json=true"])
+        return json.loads(capsys.readouterr().out)
+
+    plain = scored(tmp_path / "plain")
+    assert scored(tmp_path / "changed") == plain
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(changed)))
+    assert scored("-") == plain
+    ask = ["--ckpt_path", ckpt, "--max_new_tokens", 5, "--prompt_file"]
+    told = said(capsys, *ask, tmp_path / "changed")
+    assert told.out == said(capsys, *ask, tmp_path / "plain").out and "changed " in told.err
+
+
+def test_a_vocabulary_with_returns_gets_them(tmp_path):
+    (tmp_path / "text").write_bytes(b"a\r\nb\rc")
+    assert speak.read(str(tmp_path / "text"), CharTokenizer("\r\nabc")) == "a\r\nb\rc"
+    assert speak.read(str(tmp_path / "text"), CharTokenizer("\nabc")) == "a\nb\nc"
+    assert speak.read(str(tmp_path / "text"), ByteTokenizer()) == "a\nb\nc"
+
+
 def test_json_has_text_tokens_odds_and_speed(ckpt, capsys):
     ask = ["--ckpt_path", ckpt, "--prompt", "the cat", "--max_new_tokens", 15, "--num_samples", 2]
     found = json.loads(said(capsys, *ask, "--json", "true").out)
@@ -216,7 +244,7 @@ def test_long_prompts_and_skipped_characters_are_told(ckpt, capsys):
 
 
 def test_a_conversation_goes_on_from_what_was_said(ckpt, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "stdin", io.StringIO("the cat\n€\nwho\n"))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\ufeffthe cat\n€\nwho\n"))
     told = said(capsys, "--ckpt_path", ckpt, "--interactive=true", "--max_new_tokens", 9)
     net, tokenizer = load(ckpt, "cpu")
     first = generate(net, tokenizer, "the cat\n", 9)
