@@ -112,8 +112,8 @@ class TinyShakespeare(L.LightningDataModule):
 
     Args:
         corpus: a UTF-8 text file, a folder of .txt files, a pattern such as plays/*.md, or several of these between
-            commas; null is Tiny Shakespeare, which comes with the package. From 16 MB on its tokens are kept in a
-            file below ~/.cache (XDG_CACHE_HOME) and mapped into memory.
+            commas; hidden files of a folder are left out. null is Tiny Shakespeare, which comes with the package. From
+            16 MB on its tokens are kept in a file below ~/.cache (XDG_CACHE_HOME) and mapped into memory.
         block_size: length of a window, in tokens.
         batch_size: windows of one training batch over all devices together: more devices make a step
             faster, never different.
@@ -182,7 +182,7 @@ class TinyShakespeare(L.LightningDataModule):
             return int(start * length), int(end * length)
 
         kind, files = tokenizer or "char", [TINY_SHAKESPEARE] if corpus is None else reading.find_files(corpus)
-        keep_returns = kind == "char" and "\r" in (vocabulary or "")
+        keep_returns = "\r" in (vocabulary or "")  # of characters: no other vocabulary has one
         large = sum(file.stat().st_size for file in files) >= reading.LARGE
         if large:
             self.tokenizer, self.train_tokens, self.val_tokens, length = reading.cached(
@@ -203,6 +203,8 @@ class TinyShakespeare(L.LightningDataModule):
                 self.tokenizer.encode(piece).to(smallest) if piece else torch.empty(0, dtype=smallest)
                 for piece in (text[:n], text[n:stop])
             )
+        if corpus is not None and not Path(corpus).expanduser().is_file():  # else which files these are is no question
+            reading.say(f"the corpus {corpus[:100]} is {len(files):,} files with {length:,} characters")
         # plain values: they make the checkpoint's tokenizer and data settings
         vocabulary = "".join(self.tokenizer.vocabulary)
         self.vocab_size = len(self.tokenizer)

@@ -14,16 +14,17 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from itertools import islice
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
-from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from tqdm import tqdm
 
+from . import encoding
 from .tokenizer import (
     BPETokenizer,
     ByteTokenizer,
@@ -41,13 +42,18 @@ BPE_SIZE = 512  # ids, where nobody says how many
 Pieces = Callable[[], Iterable[str]]  # a text, in pieces, as often as one wants to read it
 
 
-@rank_zero_only
 def say(what: str) -> None:
-    print(f"lightning-gpt: {what}", file=sys.stderr, flush=True)
+    """Say something on stderr, once, however many processes there are; Lightning's own check would import it."""
+    ranks = "RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK"  # as Lightning looks for them
+    if next((os.environ[name] for name in ranks if name in os.environ), "0") == "0":
+        print(f"lightning-gpt: {what}", file=sys.stderr, flush=True)
 
 
 def find_files(corpus: str) -> list[Path]:
     """The files meant by a path, a folder, a pattern such as `plays/*.txt`, or several of these between commas.
+
+    Hidden files and folders are no part of a folder: editors and notebooks keep copies there. In a pattern `*`, `?` and
+    `**` are wild; brackets are brackets.
 
     Raises:
         ValueError: a folder without text. FileNotFoundError: nothing is there.
@@ -58,15 +64,17 @@ def find_files(corpus: str) -> list[Path]:
             raise ValueError(f"data.corpus={corpus!r} has no file where one should be: leave out what is empty")
         path = Path(name).expanduser()
         if path.is_dir():
-            found = sorted(file for file in path.rglob("*.txt") if file.is_file())
+            found = sorted(text_files(path))
             if not found:
                 raise ValueError(
-                    f"the folder {name} has no .txt file: put some there, or give a pattern: '{name}/*.md'"
+                    f"the folder {name} has no .txt file that isn't hidden: put some there, or give a pattern: "
+                    f"'{name}/*.md'"
                 )
         elif path.exists():
             found = [path]
         else:
-            found = sorted(Path(file) for file in glob.glob(str(path), recursive=True) if Path(file).is_file())
+            wild = str(path).replace("[", "[[]")
+            found = sorted(Path(file) for file in glob.glob(wild, recursive=True) if Path(file).is_file())
             if not found:
                 raise FileNotFoundError(
                     f"the corpus {name} does not exist: give a UTF-8 text file, a folder of .txt files or a pattern"
@@ -75,48 +83,88 @@ def find_files(corpus: str) -> list[Path]:
     return list({file.resolve(): file for file in files}.values())
 
 
-def read_pieces(path: Path, keep_returns: bool, notes: Counter[str]) -> Iterator[str]:
-    """The text of a UTF-8 file, without a byte order mark, and with \\n for \\r\\n unless told to keep that.
+def text_files(folder: Path) -> Iterator[Path]:
+    """The .txt files of a folder and those below it, but hidden ones.
+
+    Raises:
+        OSError: a folder can't be read.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise error
+
+    for root, folders, names in os.walk(folder, onerror=refuse):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in names:
+            file = Path(root, name)
+            if not name.startswith(".") and file.suffix.lower() == ".txt" and file.is_file():
+                yield file
+
+
+def decode_pieces(file: BinaryIO, name: str, keep_returns: bool, notes: Counter[str]) -> Iterator[str]:
+    """The text of UTF-8 bytes, without a byte order mark, and with \\n for \\r\\n and \\r, unless they are kept.
 
     What was changed is counted in `notes`.
 
+    Args:
+        name: what an error calls the file.
     Raises:
-        ValueError: the file is not text; names the offset. OSError: it can't be read.
+        ValueError: the file is not text; names the offset, and what it may be. OSError: it can't be read.
     """
-    decoder, offset, held = codecs.getincrementaldecoder("utf-8")(), 0, ""
+    decoder, offset, held, head, before = codecs.getincrementaldecoder("utf-8")(), 0, "", b"", b""
+    while True:
+        data = file.read(PIECE)
+        head = head or data
+        if head.startswith(encoding.MARKUP):
+            raise ValueError(f"{name} is {encoding.known_format(head)}")
+        try:
+            text = decoder.decode(data, final=not data)
+        except UnicodeDecodeError as error:
+            at, byte = offset + len(data) - len(error.object) + error.start, error.object[error.start]
+            near = error.object if data else before  # at the end that is only what was held back of the piece before
+            here = len(near) - (offset + len(data) - at)
+            raise ValueError(
+                encoding.not_text(name, f"byte 0x{byte:02x} at offset {at}", head, near, max(0, here))
+            ) from None
+        before = data
+        if "\0" in text:
+            at = data.index(0)
+            raise ValueError(encoding.not_text(name, f"a zero byte at offset {offset + at}", head, data, at))
+        if offset == 0 and text.startswith("\ufeff"):
+            text = text[1:]
+            notes["byte order mark"] += 1
+        offset += len(data)
+        if not keep_returns:
+            text = held + text
+            held = "\r" if text.endswith("\r") and data else ""
+            text = text[: len(text) - len(held)]
+            if "\r" in text:
+                notes["CRLF line end"] += (pairs := text.count("\r\n"))
+                notes["CR line end"] += text.count("\r") - pairs
+                text = text.replace("\r\n", "\n").replace("\r", "\n")
+        if text:
+            yield text
+        if not data:
+            return
+
+
+def read_pieces(path: Path, keep_returns: bool, notes: Counter[str]) -> Iterator[str]:
+    """The text of a file of a corpus, as `decode_pieces` gives it."""
     with open(path, "rb") as file:
-        while True:
-            data = file.read(PIECE)
-            try:
-                text = decoder.decode(data, final=not data)
-            except UnicodeDecodeError as error:
-                at = offset + len(data) - len(error.object) + error.start
-                utf16 = at == 0 and bytes(error.object[:2]) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-                raise ValueError(
-                    f"the corpus {path} is not UTF-8 text: byte 0x{error.object[error.start]:02x} at offset {at}"
-                    f"{', as UTF-16 begins' if utf16 else ''}; convert it, such as with "
-                    f"iconv -f {'UTF-16' if utf16 else 'WINDOWS-1252'} -t UTF-8"
-                ) from None
-            if "\0" in text:
-                raise ValueError(
-                    f"the corpus {path} is a binary file: a zero byte at offset {offset + data.index(0)}; "
-                    "if it is text all the same, convert it, such as with iconv -f UTF-16LE -t UTF-8"
-                )
-            if offset == 0 and text.startswith("\ufeff"):
-                text = text[1:]
-                notes["byte order mark"] += 1
-            offset += len(data)
-            if not keep_returns:
-                text = held + text
-                held = "\r" if text.endswith("\r") and data else ""
-                text = text[: len(text) - len(held)]
-                if returns := text.count("\r\n"):
-                    notes["CRLF line end"] += returns
-                    text = text.replace("\r\n", "\n")
-            if text:
-                yield text
-            if not data:
-                return
+        yield from decode_pieces(file, f"the corpus {path}", keep_returns, notes)
+
+
+def read_text(path: str, keep_returns: bool) -> str:
+    """The text of a file, or of stdin for `-`, as a corpus is read; what was changed is said.
+
+    Raises:
+        ValueError: it is not text. OSError: it can't be read.
+    """
+    notes, name = Counter[str](), "stdin" if path == "-" else path
+    with nullcontext(sys.stdin.buffer) if path == "-" else open(path, "rb") as file:
+        text = "".join(decode_pieces(file, name, keep_returns, notes))
+    tell(notes, name)
+    return text
 
 
 def read_all(files: list[Path], keep_returns: bool, notes: Counter[str]) -> Iterator[str]:
@@ -139,11 +187,13 @@ def read_all(files: list[Path], keep_returns: bool, notes: Counter[str]) -> Iter
         raise ValueError(what)
 
 
-def tell(notes: Counter[str]) -> None:
+def tell(notes: Counter[str], name: str = "the corpus") -> None:
+    """Say what of a text is not read as it stands."""
     if marks := notes["byte order mark"]:
-        say(f"the corpus begins with a byte order mark{f' in {marks} files' if marks > 1 else ''}; it is left out")
-    if returns := notes["CRLF line end"]:
-        say(f"the corpus has {returns:,} Windows line ends (CRLF); they are read as plain new lines")
+        say(f"{name} begins with a byte order mark{f' in {marks} files' if marks > 1 else ''}; it is left out")
+    for ends, kind in ("CRLF line end", "Windows line ends (CRLF)"), ("CR line end", "line ends of an old Mac (CR)"):
+        if count := notes[ends]:
+            say(f"{name} has {count:,} {kind}; they are read as plain new lines")
 
 
 def part(pieces: Iterable[str], start: int, stop: int) -> Iterator[str]:
@@ -184,7 +234,8 @@ def tokenizer_for(
         return GPT2Tokenizer(size)
     if kind == "bpe":
         if vocabulary is None:
-            vocabulary = BPETokenizer.merges_of(training_text(), BPE_SIZE if size is None else size)
+            long = len(next(iter(training_text()), "")) > 2**20
+            vocabulary = BPETokenizer.merges_of(training_text(), BPE_SIZE if size is None else size, long)
             if (found := len(BPETokenizer(vocabulary))) < (size or 0):
                 say(f"the training text has pairs for {found:,} ids; the others of token_kinds={size:,} mean nothing")
         return BPETokenizer(vocabulary, size)
@@ -250,7 +301,7 @@ def cached(
     stat = [(str(file.resolve()), now.st_size, now.st_mtime_ns, now.st_ctime_ns) for file, now in facts]
 
     def named(vocabulary: str | None, unknown: str) -> Path:
-        asked = json.dumps([1, stat, bounds(10**12), kind, vocabulary, unknown, size, keep_returns])
+        asked = json.dumps([2, stat, bounds(10**12), kind, vocabulary, unknown, size, keep_returns])
         return folder / f"{hashlib.sha256(asked.encode()).hexdigest()[:24]}.json"
 
     with alone(folder):

@@ -151,7 +151,7 @@ def passage(data: dict[str, Any], block_size: int, tokenizer) -> torch.Tensor:
         file = data["tokens"].split(",")[1]
         return torch.from_numpy(np.fromfile(file, data["token_type"], block_size + 1).astype(np.int64))
     files = reading.find_files(data["corpus"]) if data.get("corpus") else [TINY_SHAKESPEARE]
-    keep_returns = data.get("tokenizer", "char") == "char" and "\r" in data["vocabulary"]
+    keep_returns = "\r" in tokenizer.vocabulary
 
     def pieces() -> Iterator[str]:  # read twice rather than held: a text may be larger than memory
         return reading.read_all(files, keep_returns, Counter())

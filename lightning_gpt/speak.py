@@ -9,7 +9,7 @@ from os.path import relpath
 from pathlib import Path
 from typing import Any, Literal
 
-from . import checkpoint
+from . import checkpoint, reading
 from . import text as texts
 from .files import write_whole
 from .lecture import Rung
@@ -23,13 +23,9 @@ def say(line: str) -> None:
     print(f"lightning-gpt: {line}", file=sys.stderr, flush=True)
 
 
-def read(file: str) -> str:
-    """The text of a UTF-8 file, or of stdin for `-`."""
-    data = sys.stdin.buffer.read() if file == "-" else Path(file).read_bytes()
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{file} is not UTF-8 text: byte 0x{data[error.start]:02x} at {error.start}") from None
+def read(file: str, tokenizer: Tokenizer) -> str:
+    """The text of a UTF-8 file, or of stdin for `-`, read as training reads one."""
+    return reading.read_text(file, keep_returns="\r" in tokenizer.vocabulary)
 
 
 def load(
@@ -95,8 +91,8 @@ def generate(
         raise ValueError("interactive writes one text to the terminal: no json, output, prompt_file or num_samples")
     if output and (Path(output).is_dir() or not Path(output).absolute().parent.is_dir()):
         raise ValueError(f"output={output} can't be written: it is a folder, or lies in none")
-    prompt = read(prompt_file) if prompt_file else prompt or ""
     net, tokenizer, path = load(ckpt_path, device, precision)
+    prompt = read(prompt_file, tokenizer) if prompt_file else prompt or ""
     how: dict[str, Any] = {
         "temperature": temperature,
         "top_k": top_k,
@@ -184,7 +180,7 @@ def converse(
     turn = 0
     while True:
         try:
-            line = input("> " if sys.stdin.isatty() else "")
+            line = input("> " if sys.stdin.isatty() else "").removeprefix("\ufeff")  # a file's byte order mark
         except (EOFError, KeyboardInterrupt):
             print()
             return
@@ -226,8 +222,8 @@ def score(
         json: print JSON.
         device: auto, cpu, cuda, cuda:1, mps ...; auto takes the accelerator if there is one.
     """
-    text = read(text_file)
     net, tokenizer, path = load(ckpt_path, device, "float32")
+    text = read(text_file, tokenizer)
     if on_unknown == "skip" and text and (unknown := tokenizer.unknown(text)):
         say(f"left out what this net doesn't know: {unknown[:40]!r}")
         text = texts.spelled(tokenizer, text, "skip")

@@ -6,6 +6,7 @@ net, tokenizer = load()
 print(generate(net, tokenizer, "ROMEO:"))
 """
 
+import codecs
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -79,27 +80,34 @@ class Text:
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)  # ln of how likely the net found each token, if asked for
     ended: Literal["", "length", "stop"] = ""  # by what; a stop string is no part of `text`
-    decoded: int = 0  # tokens whose characters are in `text`
     stop: Sequence[str] = ()
+    decoder: codecs.IncrementalDecoder = field(
+        default_factory=lambda: codecs.getincrementaldecoder("utf-8")("replace"), repr=False, compare=False
+    )
 
     def add(self, tokens: list[int], logprobs: list[float], tokenizer: Tokenizer, last: bool) -> None:
+        """Go on by some tokens; what is written does not depend on how many come at a time.
+
+        A character whose bytes are not all there waits for them, and is U+FFFD if `last` comes first.
+        """
         if self.ended:
             return
-        self.tokens += tokens
-        self.logprobs += logprobs
-        tail = tokenizer.decode(torch.tensor(self.tokens[self.decoded :]))
-        if tail.endswith("\ufffd") and not last and len(tail) < 2 * GROUP:
-            return  # a part of a character: the rest is to come
-        before, self.decoded = len(self.text), len(self.tokens)
-        self.text += tail
-        ends = [self.text.find(stop, max(0, before + 1 - len(stop))) for stop in self.stop]
-        if found := [(at, stop) for at, stop in zip(ends, self.stop, strict=True) if at >= 0]:
-            at, stop = min(found)
-            while stop in tokenizer.decode(torch.tensor(self.tokens[:-1], dtype=torch.long)):
-                self.tokens.pop()  # a group of tokens may go on behind it
-            self.text, self.logprobs, self.ended = self.text[:at], self.logprobs[: len(self.tokens)], "stop"
-        elif last:
-            self.ended = "length"
+        state, kept = self.decoder.getstate(), len(tokens)
+        text = self.text + self.decoder.decode(tokenizer.decode_bytes(tokens), last)
+        starts = ((text.find(stop, max(0, len(self.text) + 1 - len(stop))), stop) for stop in self.stop)
+        if found := [(at + len(stop), at) for at, stop in starts if at >= 0]:
+            end, at = min(found)  # the first one to be whole
+            self.decoder.setstate(state)
+            length = len(self.text)
+            for kept, token in enumerate(tokens, start=1):  # its last token is the text's: a group may go on behind it
+                length += len(self.decoder.decode(tokenizer.decode_bytes([token]), last and kept == len(tokens)))
+                if length >= end:
+                    break
+            self.text, self.ended = text[:at], "stop"
+        else:
+            self.text, self.ended = text, "length" if last else ""
+        self.tokens += tokens[:kept]
+        self.logprobs += logprobs[:kept]
 
     def sure(self) -> str:
         """The text without an end that may turn out to begin a stop string."""

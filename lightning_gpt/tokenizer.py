@@ -1,17 +1,19 @@
 """Text to token ids and back: characters, bytes, byte pairs, GPT-2's. What it takes to rebuild one is plain data.
 
-A tokenizer has `encode` (text to int64 ids), `decode`, `unknown` (what of a text has no id), `len`, and `characters`:
-how many characters of the text each id stands for, so that losses over different vocabularies compare. An id of several
-bytes counts those bytes that begin a character, so the counts of a text's tokens add up to its length.
+A tokenizer has `encode` (text to int64 ids), `decode`, `decode_bytes` (ids to UTF-8, which may end within a character),
+`unknown` (what of a text has no id), `len`, and `characters`: how many characters of the text each id stands for, so
+that losses over different vocabularies compare. An id of several bytes counts those bytes that begin a character, so
+the counts of a text's tokens add up to its length.
 """
 
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from importlib import import_module
 from itertools import chain
+from threading import Event, Thread
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,9 @@ import torch
 from torch import Tensor
 
 REPLACEMENT = "\ufffd"  # what stands for a character without an id of its own
+SPACE = re.compile(r"\S(?=[ \n])")
+WORD = 2**10  # characters of a word, before it is cut: finding pairs takes a time of the square of a word's length
+KEPT = 2**6  # characters of a word whose ids are kept, as it may come again
 
 
 def need(module: str, extra: str) -> Any:
@@ -34,6 +39,24 @@ def need(module: str, extra: str) -> Any:
             f"this needs the package {(error.name or module).split('.')[0]}, which is not installed: "
             f"pip install 'tiny-lightning-gpt[{extra}]'"
         ) from None
+
+
+def in_thread(work: Callable[[], None]) -> None:
+    """Do a long work of a library that lets Python go on meanwhile, so that Ctrl-C is heard at once."""
+    failed, done = list[BaseException](), Event()
+
+    def run() -> None:
+        try:
+            work()
+        except BaseException as error:
+            failed.append(error)
+        done.set()
+
+    Thread(target=run, daemon=True).start()
+    while not done.wait(0.2):  # Windows hears nothing during a wait without an end
+        pass
+    if failed:
+        raise failed[0]
 
 
 def _codes(text: str) -> Tensor:
@@ -91,10 +114,13 @@ class CharTokenizer:
     def decode(self, ids: Tensor) -> str:
         return "".join(self.vocabulary[i] for i in ids.flatten().tolist())
 
+    def decode_bytes(self, ids: Sequence[int]) -> bytes:
+        return "".join(self.vocabulary[i] for i in ids).encode(errors="replace")
 
-def _joined(pieces: list[bytes], ids: Tensor) -> str:
-    """The text of ids whose bytes are `pieces`; what is no whole UTF-8 character shows as U+FFFD."""
-    return b"".join(pieces[i] if i < len(pieces) else b"\xff" for i in ids.flatten().tolist()).decode(errors="replace")
+
+def _joined(pieces: list[bytes], ids: Sequence[int]) -> bytes:
+    """The bytes of ids whose bytes are `pieces`; an id without a meaning is no UTF-8, and shows as U+FFFD."""
+    return b"".join(pieces[i] if i < len(pieces) else b"\xff" for i in ids)
 
 
 def _characters(pieces: list[bytes], size: int) -> Tensor:
@@ -137,24 +163,47 @@ class ByteTokenizer:
         return torch.from_numpy(np.frombuffer(text.encode(), dtype=np.uint8).astype(np.int64))
 
     def decode(self, ids: Tensor) -> str:
+        return self.decode_bytes(ids.flatten().tolist()).decode(errors="replace")
+
+    def decode_bytes(self, ids: Sequence[int]) -> bytes:
         return _joined(self.PIECES, ids)
 
 
-def cut_at_spaces(pieces: Iterable[str], length: int) -> Iterator[str]:
-    """The same text in pieces of about `length`, cut where GPT-2's pattern always cuts: before a space after a word.
+def long_word() -> re.Pattern[str]:
+    """Matches the parts of a word that is too long, one after the other."""
+    return re.compile(rf"(?s).{{1,{WORD}}}\Z|.{{1,{WORD}}}(?<=[^\W_])(?=\W)|.{{{WORD}}}")
 
-    So byte pairs of the pieces are those of the whole. Where no such place is near, the text is cut anywhere.
+
+def split_words(text: str) -> list[str]:
+    """The text in words, each with the space before it, cut where GPT-2's pattern always cuts: before a space.
+
+    A word of more than WORD characters, as in a text without spaces, is cut behind a letter or digit and before what
+    is neither, where the pattern always cuts too; and if it has no such place, after WORD characters.
     """
-    rest, near = "", min(length, 2000)
+    words = re.split(r"(?<=\S)(?=[ \n])", text)
+    if max(map(len, words)) <= WORD:
+        return words
+    return [part for word in words for part in (long_word().findall(word) if len(word) > WORD else [word])]
+
+
+def cut_at_spaces(pieces: Iterable[str], length: int) -> Iterator[str]:
+    """The same text in pieces of about `length` characters, and WORD at least, cut between words of `split_words`.
+
+    So byte pairs of the pieces are those of the whole.
+    """
+    rest, length = "", max(length, WORD)
     for piece in pieces:
         rest += piece
         at = 0
         while len(rest) - at > 2 * length:
             stop = at + length
-            places = [match.end() for match in re.finditer(r"\S(?=[ \n])", rest[stop - near : stop])]
-            stop += places[-1] - near if places else 0
-            yield rest[at:stop]
-            at = stop
+            for start in max(at, stop - 2 * WORD), at:  # a space is near as a rule
+                if places := [match.end() for match in SPACE.finditer(rest, start, stop + 1)]:
+                    break
+            else:  # one long word
+                places = [end for match in long_word().finditer(rest, at, stop + WORD) if (end := match.end()) <= stop]
+            yield rest[at : places[-1]]
+            at = places[-1]
         rest = rest[at:]
     if rest:
         yield rest
@@ -197,18 +246,27 @@ class BPETokenizer:
         self.ids_of: dict[str, list[int]] = {}  # of words that were encoded before
 
     @classmethod
-    def merges_of(cls, text: Iterable[str], size: int) -> str:
+    def merges_of(cls, text: Iterable[str], size: int, show_progress: bool = False) -> str:
         """The merges that a text's most frequent pairs ask for, until there are `size` ids; the same every time."""
         if size < 256:
             raise ValueError(f"token_kinds={size} must be at least 256, as every byte has an id")
         lib = need("tokenizers", "tokenizers")
         engine = lib.Tokenizer(lib.models.BPE())
         engine.pre_tokenizer = lib.pre_tokenizers.ByteLevel(add_prefix_space=False)
-        alphabet = lib.pre_tokenizers.ByteLevel.alphabet()
         how = lib.trainers.BpeTrainer(
-            vocab_size=size, min_frequency=2, initial_alphabet=alphabet, special_tokens=[], show_progress=False
+            vocab_size=size,
+            min_frequency=2,
+            initial_alphabet=lib.pre_tokenizers.ByteLevel.alphabet(),
+            special_tokens=[],
+            show_progress=show_progress,  # on a terminal alone
         )
-        engine.train_from_iterator(cut_at_spaces(text, 2**20), how)
+
+        def sequences() -> Iterator[str | list[str]]:
+            for piece in cut_at_spaces(text, 2**20):
+                words = split_words(piece)
+                yield words if len(words) > 1 + len(SPACE.findall(piece)) else piece  # which is faster, if none is long
+
+        in_thread(lambda: engine.train_from_iterator(sequences(), how))
         return "\n".join(" ".join(pair) for pair in json.loads(engine.to_str())["model"]["merges"])
 
     def __len__(self) -> int:
@@ -236,15 +294,25 @@ class BPETokenizer:
 
     def encode(self, text: str) -> Tensor:
         """Token ids (T,), int64."""
-        words = re.split(r"(?<=\S)(?=[ \n])", text)  # where cut_at_spaces may cut; most come again and again
+        words = split_words(text)
         if len(self.ids_of) > 2**20:
             self.ids_of.clear()
-        new = [word for word in dict.fromkeys(words) if word not in self.ids_of]
-        for word, encoded in zip(new, self.engine.encode_batch_fast(new, add_special_tokens=False), strict=True):
-            self.ids_of[word] = encoded.ids
-        return torch.from_numpy(np.fromiter(chain.from_iterable(map(self.ids_of.__getitem__, words)), np.int64))
+        new = [word for word in dict.fromkeys(words) if word not in self.ids_of]  # most come again and again
+        for batch in (new[at : at + 2**12] for at in range(0, len(new), 2**12)):  # Ctrl-C is heard after each
+            for word, encoded in zip(
+                batch, self.engine.encode_batch_fast(batch, add_special_tokens=False), strict=True
+            ):
+                self.ids_of[word] = encoded.ids
+        ids = np.fromiter(chain.from_iterable(map(self.ids_of.__getitem__, words)), np.int64)
+        for word in new:
+            if len(word) > KEPT:
+                del self.ids_of[word]
+        return torch.from_numpy(ids)
 
     def decode(self, ids: Tensor) -> str:
+        return self.decode_bytes(ids.flatten().tolist()).decode(errors="replace")
+
+    def decode_bytes(self, ids: Sequence[int]) -> bytes:
         return _joined(self.pieces, ids)
 
 
@@ -298,6 +366,9 @@ class GPT2Tokenizer:
         return torch.tensor([i for piece in ids for i in piece], dtype=torch.int64)
 
     def decode(self, ids: Tensor) -> str:
+        return self.decode_bytes(ids.flatten().tolist()).decode(errors="replace")
+
+    def decode_bytes(self, ids: Sequence[int]) -> bytes:
         return _joined(self.pieces, ids)
 
 
@@ -331,7 +402,10 @@ class TokenIds:
         return torch.tensor([int(word) for word in text.split()])
 
     def decode(self, ids: Tensor) -> str:
-        return "".join(f"{i} " for i in ids.flatten().tolist())
+        return self.decode_bytes(ids.flatten().tolist()).decode()
+
+    def decode_bytes(self, ids: Sequence[int]) -> bytes:
+        return "".join(f"{i} " for i in ids).encode()
 
 
 Tokenizer = CharTokenizer | ByteTokenizer | BPETokenizer | GPT2Tokenizer | TokenIds

@@ -1,8 +1,14 @@
 """Any text: which files, what is wrong with them, and large ones through a file of tokens."""
 
+import gzip
+import io
 import os
+import random
 import re
+import shutil
 import signal
+import subprocess
+import zipfile
 from collections import Counter
 
 import pytest
@@ -13,6 +19,7 @@ from hypothesis import strategies as st
 from lightning_gpt import reading
 from lightning_gpt.data import TinyShakespeare
 from lightning_gpt.reading import find_files, read_all, read_pieces
+from lightning_gpt.report import passage
 
 VERSE = "The quality of mercy is not strain'd,\nIt droppeth as the gentle rain from heaven — naïve café.\n"
 
@@ -71,26 +78,25 @@ def test_pieces_of_a_file_make_up_its_text(tmp_path_factory, text):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reading, "PIECE", 3)
         kept, read = ("".join(read_pieces(path, keep, Counter())) for keep in (True, False))
-    assert kept == text.removeprefix("\ufeff") and read == kept.replace("\r\n", "\n")
+    assert kept == text.removeprefix("\ufeff") and read == kept.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def test_what_is_changed_is_said(tmp_path, capsys):
-    (tmp_path / "text").write_bytes(b"\xef\xbb\xbf" + b"one\r\ntwo\r\n" * 30)
+    (tmp_path / "text").write_bytes(b"\xef\xbb\xbf" + b"one\r\ntwo\r\nsix\r" * 30)
     data = TinyShakespeare(str(tmp_path / "text"), block_size=8)
     told = capsys.readouterr().err
-    assert "byte order mark" in told and "60 Windows line ends" in told and told.count("lightning-gpt: ") == 2
-    assert set(data.tokenizer.vocabulary) == set("one\ntwo")
+    assert "byte order mark" in told and "60 Windows line ends" in told and "30 line ends of an old Mac" in told
+    assert told.count("lightning-gpt: ") == 3 and set(data.tokenizer.vocabulary) == set("one\ntwosix")
+    TinyShakespeare(str(tmp_path / "text"), block_size=8, vocabulary="\r\nonetwsix")  # that has returns
+    assert "byte order mark" in (told := capsys.readouterr().err) and told.count("\n") == 1
 
 
 @pytest.mark.parametrize(
     "content, message",
     [
-        (b"abcdefg\xe9 caf\xe9", "byte 0xe9 at offset 7; convert it, such as with iconv -f WINDOWS-1252"),
-        (
-            "h\u00e9".encode("utf-16"),
-            "byte 0xff at offset 0, as UTF-16 begins; convert it, such as with iconv -f UTF-16",
-        ),
-        (b"abcdefghij\0", "binary file: a zero byte at offset 10"),
+        (b"abcdefg\xe9 caf\xe9", "is not UTF-8 text: byte 0xe9 at offset 7"),
+        ("h\u00e9".encode("utf-16"), "byte 0xff at offset 0"),
+        (b"abcdefghij\0", "a zero byte at offset 10; it is a binary file"),
         (b"abc\xe6\x97", "byte 0xe6 at offset 3"),
         (b"", "is empty"),
     ],
@@ -104,6 +110,125 @@ def test_what_is_no_text_is_refused_with_its_place(tmp_path, monkeypatch, conten
     if content:
         with pytest.raises(ValueError, match=re.escape(message)):
             TinyShakespeare(str(tmp_path), block_size=1)
+
+
+SAMPLES = {
+    "cp1252": "Où sont les neiges d'antan ? L'été, déjà passé, nous a laissé des forêts brûlées — ça ira.\n",
+    "cp1250": "Litwo! Ojczyzno moja! ty jesteś jak zdrowie; ile cię trzeba cenić, kto cię stracił. Żółć gęślą jaźń.\n",
+    "cp1251": "Мой дядя самых честных правил, когда не в шутку занемог, он уважать себя заставил.\n",
+    "koi8_r": "Мой дядя самых честных правил, когда не в шутку занемог, он уважать себя заставил.\n",
+    "cp866": "Мой дядя самых честных правил, когда не в шутку занемог, он уважать себя заставил.\n",
+    "cp1253": "Μήνιν άειδε θεά Πηληϊάδεω Αχιλήος ουλομένην, η μυρί Αχαιοίς άλγε έθηκε.\n",
+    "cp1255": "בראשית ברא אלהים את השמים ואת הארץ והארץ היתה תהו ובהו וחשך על פני תהום\n",
+    "gb18030": "道可道，非常道；名可名，非常名。无名天地之始，有名万物之母。故常无欲，以观其妙；常有欲，以观其徼。\n",
+    "big5": "道可道，非常道；名可名，非常名。無名天地之始，有名萬物之母。故常無欲，以觀其妙；常有欲，以觀其徼。\n",
+    "cp932": "吾輩は猫である。名前はまだ無い。どこで生れたかとんと見当がつかぬ。\n",
+    "euc_jp": "吾輩は猫である。名前はまだ無い。どこで生れたかとんと見当がつかぬ。\n",
+    "cp949": "동해물과 백두산이 마르고 닳도록 하느님이 보우하사 우리나라 만세.\n",
+    "utf_16": "Es war einmal ein König, der hatte einen großen Wald.\n",
+    "utf_16_le": "It was the best of times - it was the worst of times.\n",
+    "utf_16_be": "Мой дядя самых честных правил, когда не в шутку занемог.\n",
+}
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_a_text_in_another_encoding_is_read_in_the_error_and_the_advice_converts_it(tmp_path, name):
+    text, path = SAMPLES[name] * 40, tmp_path / "text"
+    path.write_bytes(text.encode(name))
+    with pytest.raises(ValueError, match="is not UTF-8 text") as told:
+        TinyShakespeare(str(path), 8)
+    shown, encoding = re.search(r"there it reads '(.*?)' as ([\w-]+)", str(told.value)).groups()
+    assert shown in text.replace("\n", " ") and f"iconv -f {encoding} -t UTF-8" in str(told.value)
+    if shutil.which("iconv"):
+        assert subprocess.check_output(["iconv", "-f", encoding, "-t", "UTF-8", path]).decode() == text
+
+
+def test_where_several_encodings_fit_each_shows_how_it_reads(tmp_path):
+    (tmp_path / "text").write_bytes("tiempo que vivía un hidalgo; ¿qué señor?\n".encode("mac_roman"))
+    with pytest.raises(ValueError, match="viv’a un .*' as WINDOWS-1252, .*vivía un .*' as MACINTOSH: .*what is right"):
+        TinyShakespeare(str(tmp_path / "text"), 8)
+
+
+@pytest.mark.parametrize("bad, remedy", [(b"\xff", "iconv -c -f UTF-8 -t UTF-8"), (b"\0", "tr -d '.000'")])
+def test_utf8_with_a_wrong_byte_is_not_taken_for_something_else(tmp_path, bad, remedy):
+    (tmp_path / "text").write_bytes(SAMPLES["big5"].encode() + bad + SAMPLES["big5"].encode())
+    with pytest.raises(ValueError, match=f"UTF-8 text that is damaged: .* at offset 148; .*{remedy}"):
+        TinyShakespeare(str(tmp_path / "text"), 8)
+    (tmp_path / "text").write_bytes(SAMPLES["big5"].encode()[:-2])
+    with pytest.raises(ValueError, match="UTF-8 text that is damaged: byte 0xe3 at offset 144"):
+        TinyShakespeare(str(tmp_path / "text"), 8)
+
+
+def zipped(*names):
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in names:
+            archive.writestr(name, "<xml/>" * 900)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (zipped("[Content_Types].xml", "_rels/.rels", "word/document.xml"), "is a Word document"),
+        (zipped("[Content_Types].xml", "xl/workbook.xml"), "is an Excel workbook"),
+        (zipped("a.txt"), "is a zip archive: unpack it"),
+        (b"%PDF-1.4\n1 0 obj << /Type /Catalog >> endobj\n" * 9, "is a PDF file"),
+        (b"{\\rtf1\\ansi Hello}" * 9, "is a rich text file"),
+        (gzip.compress(VERSE.encode()), "is compressed .gzip.: unpack it, such as with gunzip"),
+        (b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR", "is a picture"),
+        (bytes(random.Random(0).randbytes(5000)), "it is a binary file, or in an encoding that is rare"),
+    ],
+    ids=["docx", "xlsx", "zip", "pdf", "rtf", "gz", "png", "random"],
+)
+def test_a_file_of_another_kind_is_named(tmp_path, content, message):
+    (tmp_path / "file.txt").write_bytes(content)
+    with pytest.raises(ValueError, match=f"the corpus .*file.txt .*{message}"):
+        TinyShakespeare(str(tmp_path), 8)
+
+
+def test_hidden_files_are_no_part_of_a_folder_and_suffixes_may_be_capitals(tmp_path, capsys):
+    for name in "a.txt", "B.TXT", "c/d.Txt", "c/.ipynb_checkpoints/d-checkpoint.txt", ".git/e.txt", ".f.txt", "g.txt~":
+        (tmp_path / ".home" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / ".home" / name).write_text(f"{name} " * 10)
+    corpus = str(tmp_path / ".home")  # what is named may be hidden
+    assert [file.name for file in find_files(corpus)] == ["B.TXT", "a.txt", "d.Txt"]
+    data = TinyShakespeare(corpus, 8)
+    assert (
+        f"{corpus} is 3 files with {len(data.train_tokens) + len(data.val_tokens)} characters"
+        in capsys.readouterr().err
+    )
+    shutil.rmtree(tmp_path / ".home" / "c")
+    for name in "a.txt", "B.TXT":
+        (tmp_path / ".home" / name).unlink()
+    with pytest.raises(ValueError, match="no .txt file that isn't hidden"):
+        find_files(corpus)
+
+
+def test_brackets_in_a_name_are_brackets(tmp_path):
+    (tmp_path / "plays[1]").mkdir()
+    for name in "a1.txt", "b[1].txt", "plays[1]/c.txt":
+        (tmp_path / name).write_text("text")
+    with pytest.raises(FileNotFoundError, match="does not exist"):
+        find_files(f"{tmp_path}/a[1].txt")
+    found = find_files(f"{tmp_path}/b[1].txt,{tmp_path}/plays[1]/*.txt,{tmp_path}/*[1].txt")
+    assert [file.name for file in found] == ["b[1].txt", "c.txt"]
+
+
+def test_a_report_reads_the_text_as_training_did(tmp_path):
+    (tmp_path / "text").write_bytes(VERSE.replace("\n", "\r\n").encode() * 31)
+    for vocabulary in None, "".join(sorted(set(VERSE + "\r"))):
+        data = TinyShakespeare(str(tmp_path / "text"), 90, split=0.5, vocabulary=vocabulary)
+        assert passage(dict(data.hparams), 90, data.tokenizer).tolist() == data.val_tokens[:91].tolist()
+
+
+def test_of_several_processes_the_first_one_speaks(monkeypatch, capsys):
+    for ranks, said in ({}, 1), ({"LOCAL_RANK": "1"}, 0), ({"RANK": "0", "LOCAL_RANK": "0"}, 1), ({"RANK": "2"}, 0):
+        with monkeypatch.context() as patch:
+            for name, rank in ranks.items():
+                patch.setenv(name, rank)
+            reading.say("something")
+        assert capsys.readouterr().err.count("something") == said
 
 
 def test_a_folder_without_text_and_a_pattern_without_files(tmp_path):

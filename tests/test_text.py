@@ -8,18 +8,21 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import cycle
 
 import pytest
 import torch
 from conftest import loud
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import lightning_gpt
-from lightning_gpt import checkpoint, text
+from lightning_gpt import checkpoint, speak, text
 from lightning_gpt.data import TINY_SHAKESPEARE, EveryWindow
 from lightning_gpt.main import main
 from lightning_gpt.model import GPT, GPTConfig
 from lightning_gpt.text import SHIPPED, Text, generate, load, score, spelled, stream, write
-from lightning_gpt.tokenizer import CharTokenizer
+from lightning_gpt.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, TokenIds
 
 KNOWN = CharTokenizer("\n abcdefgh")
 
@@ -27,21 +30,6 @@ KNOWN = CharTokenizer("\n abcdefgh")
 @pytest.fixture(scope="module")
 def small():
     return loud(GPT(GPTConfig(len(KNOWN), 12, 2, 2, 16, dropout=0.0)))
-
-
-class Bytes:
-    """A tokenizer whose tokens are parts of characters."""
-
-    vocabulary = "\n"
-
-    def unknown(self, text):
-        return ""
-
-    def encode(self, text):
-        return torch.tensor(list(text.encode()))
-
-    def decode(self, ids):
-        return bytes(ids.flatten().tolist()).decode(errors="replace")
 
 
 def test_pieces_make_up_the_text_and_every_prompt_has_its_own(small):
@@ -74,9 +62,35 @@ def test_a_held_back_beginning_of_a_stop_string_comes_out_at_the_end():
 def test_characters_of_several_tokens_are_shown_whole():
     written, shown = Text(""), []
     for n, byte in enumerate("né🎭!".encode(), start=1):
-        written.add([byte], [], Bytes(), last=n == 8)
+        written.add([byte], [], ByteTokenizer(), last=n == 8)
         shown.append(written.sure())
     assert shown == ["n", "n", "né", "né", "né", "né", "né🎭", "né🎭!"]
+
+
+GROUPS = st.lists(st.integers(1, 40), min_size=1)
+SPLIT = BPETokenizer("æ Ĺ\nð Ł\nðŁ İ")  # tokens that are two or three bytes of a longer character
+
+
+@pytest.mark.parametrize("tokenizer", [ByteTokenizer(300), SPLIT, TokenIds(9)], ids=["byte", "bpe", "ids"])
+@settings(max_examples=60, deadline=None)
+@given(st.text("日本語🎭é,a", max_size=90), st.lists(st.integers(0, 299)), GROUPS, st.text("日🎭a", max_size=4))
+def test_a_text_does_not_depend_on_how_many_tokens_come_at_a_time(tokenizer, text, junk, groups, stop):
+    tokens = [i % len(tokenizer) for i in junk]
+    if tokenizer.characters is not None:
+        tokens = [*tokenizer.encode(text).tolist(), *tokens, *tokenizer.encode(text).tolist()[:-1]]
+    one, many = (Text("", stop=[s for s in (stop, stop[1:], "2 ") if s]) for _ in range(2))
+    for n, token in enumerate(tokens, start=1):
+        one.add([token], [-n], tokenizer, last=n == len(tokens))
+    at, shown, groups = 0, "", cycle(groups)
+    while at < len(tokens):
+        group = range(at, min(len(tokens), at + next(groups)))
+        at = group.stop
+        many.add([tokens[n] for n in group], [-n - 1 for n in group], tokenizer, last=at == len(tokens))
+        assert many.sure().startswith(shown)
+        shown = many.sure()
+    assert many == one and len(one.tokens) == len(one.logprobs)
+    if one.ended != "stop":
+        assert shown == tokenizer.decode(torch.tensor(tokens, dtype=torch.long))
 
 
 def test_an_empty_prompt_is_a_new_line_and_unknown_characters_may_be_skipped(small):
@@ -185,6 +199,34 @@ def test_a_prompt_comes_from_a_file_or_from_stdin_and_the_text_may_go_to_a_file(
     assert told.out == "" and "20 characters" in told.err and (tmp_path / "out.txt").read_text() == expected
 
 
+@pytest.mark.parametrize("start, end", [("", "\r\n"), ("", "\r"), ("\ufeff", "\n")])
+def test_files_and_stdin_are_read_as_training_reads_a_text(ckpt, text_file, tmp_path, capsys, monkeypatch, start, end):
+    words = text_file.read_text()[-300:]
+    changed = (start + words.replace("\n", end)).encode()
+    assert changed != words.encode()
+    (tmp_path / "plain").write_bytes(words.encode())
+    (tmp_path / "changed").write_bytes(changed)
+
+    def scored(file):
+        main(["score", f"--text_file={file}", f"--ckpt_path={ckpt}", "--json=true"])
+        return json.loads(capsys.readouterr().out)
+
+    plain = scored(tmp_path / "plain")
+    assert scored(tmp_path / "changed") == plain
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(changed)))
+    assert scored("-") == plain
+    ask = ["--ckpt_path", ckpt, "--max_new_tokens", 5, "--prompt_file"]
+    told = said(capsys, *ask, tmp_path / "changed")
+    assert told.out == said(capsys, *ask, tmp_path / "plain").out and "changed " in told.err
+
+
+def test_a_vocabulary_with_returns_gets_them(tmp_path):
+    (tmp_path / "text").write_bytes(b"a\r\nb\rc")
+    assert speak.read(str(tmp_path / "text"), CharTokenizer("\r\nabc")) == "a\r\nb\rc"
+    assert speak.read(str(tmp_path / "text"), CharTokenizer("\nabc")) == "a\nb\nc"
+    assert speak.read(str(tmp_path / "text"), ByteTokenizer()) == "a\nb\nc"
+
+
 def test_json_has_text_tokens_odds_and_speed(ckpt, capsys):
     ask = ["--ckpt_path", ckpt, "--prompt", "the cat", "--max_new_tokens", 15, "--num_samples", 2]
     found = json.loads(said(capsys, *ask, "--json", "true").out)
@@ -202,7 +244,7 @@ def test_long_prompts_and_skipped_characters_are_told(ckpt, capsys):
 
 
 def test_a_conversation_goes_on_from_what_was_said(ckpt, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "stdin", io.StringIO("the cat\n€\nwho\n"))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\ufeffthe cat\n€\nwho\n"))
     told = said(capsys, "--ckpt_path", ckpt, "--interactive=true", "--max_new_tokens", 9)
     net, tokenizer = load(ckpt, "cpu")
     first = generate(net, tokenizer, "the cat\n", 9)

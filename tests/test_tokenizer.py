@@ -1,14 +1,19 @@
 """Text to ids and back, whatever the text and the tokenizer."""
 
 import json
+import os
 import random
+import signal
 import sys
+import threading
+from itertools import pairwise
 
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from lightning_gpt import tokenizer
 from lightning_gpt.formats import described
 from lightning_gpt.tokenizer import (
     BPETokenizer,
@@ -17,6 +22,7 @@ from lightning_gpt.tokenizer import (
     GPT2Tokenizer,
     cut_at_spaces,
     rebuild,
+    split_words,
 )
 
 WORDS = "the cat sat on a mat, who's there? naïve café\n日本語 the then there\n\nquiz  42 "
@@ -64,15 +70,38 @@ def test_byte_pairs_merge_in_the_order_of_their_table():
     assert pieces == ["the", " cat", ",", " the", " ", "h", "at"]  # "Ġ the" comes before "Ġ t" and "Ġt he"
 
 
-@settings(max_examples=100, deadline=None)
-@given(st.text("ab' \n\t\u3000é日.", max_size=400), st.integers(3, 30))
-def test_a_text_cut_at_spaces_has_the_byte_pairs_of_the_whole(text, length):
-    pieces = list(cut_at_spaces([text[:50], text[50:]], length))
-    assert "".join(pieces) == text
-    clean = all(a[-1:].strip() and b[0] in " \n" for a, b in zip(pieces, pieces[1:], strict=False))
-    tokenizer = BPETokenizer("a b\nĠ a\nĊ Ċ\nĠ Ġ\nab ab\nĠ ab\nĊ Ġ")
-    if clean:  # else there was no place to cut near
-        assert [i for piece in pieces for i in tokenizer.encode(piece)] == tokenizer.engine.encode(text).ids
+PAIRS = BPETokenizer("a b\nĠ a\nĊ Ċ\nĠ Ġ\nab ab\nĠ ab\nĊ Ġ\na a\n_ .")
+
+
+def made_of(*parts):
+    return st.lists(st.sampled_from(parts), max_size=90).map("".join)
+
+
+TEXTS = st.text("ab' \n\t\u3000é日.1_", max_size=400) | made_of("a", "ab.", "ab_.")
+TEXTS |= made_of(" ", "\n", "a", ". ", "ab" * 20, "b" * 50)
+
+
+@settings(max_examples=200, deadline=None)
+@example("ab. " + "ab" * 100, 5, 50, 900)
+@given(TEXTS, st.integers(1, 60), st.integers(1, 150), st.integers(1, 900))
+def test_the_byte_pairs_of_a_text_do_not_depend_on_its_pieces(text, word, length, piece):
+    parts = [text[at : at + piece] for at in range(0, len(text), piece)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenizer, "WORD", word)
+        pieces = list(cut_at_spaces(parts, length))
+        assert "".join(pieces) == text and max(map(len, pieces), default=0) <= max(2 * max(length, word), piece)
+        ids = PAIRS.encode(text).tolist()
+        assert [i for piece in pieces for i in PAIRS.encode(piece).tolist()] == ids
+        words = split_words(text)
+    assert "".join(words) == text and max(map(len, words)) <= word
+    good = [at for at in range(1, len(text)) if does_not_show(text[at - 1], text[at])]
+    if all(b - a <= word for a, b in pairwise([0, *good, len(text)])):
+        assert ids == PAIRS.engine.encode(text).ids
+
+
+def does_not_show(before, after):
+    """Whether GPT-2's pattern cuts between these two characters, whatever else there is."""
+    return (not before.isspace() and after in " \n") or (before.isalnum() and not (after.isalnum() or after == "_"))
 
 
 def test_long_texts_are_cut_where_it_does_not_show():
@@ -80,6 +109,44 @@ def test_long_texts_are_cut_where_it_does_not_show():
     text = "".join(dice.choice(WORDS) for _ in range(150_000))
     tokenizer = BPETokenizer(MERGES)
     assert tokenizer.encode(text).tolist() == tokenizer.engine.encode(text).ids
+
+
+def test_a_text_without_spaces_is_cut_into_words_of_a_bounded_length():
+    merges = BPETokenizer.merges_of(["a" * 30_000], 300)  # to double it costs nothing, so tokens are as long as words
+    assert max(map(len, BPETokenizer(merges).pieces)) == tokenizer.WORD
+    assert BPETokenizer.merges_of(["a" * 7000, "a" * 3000, "a" * 20_000], 300) == merges
+    dice = random.Random(0)
+    text = "".join(dice.choice("abcdefgh") for _ in range(200_000))
+    merges = BPETokenizer.merges_of([text], 300)  # the square of it takes a minute
+    ids = BPETokenizer(merges).encode(text)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tokenizer, "KEPT", 0)
+        fresh = BPETokenizer(merges)
+        assert torch.equal(torch.cat([fresh.encode(piece) for piece in cut_at_spaces([text], 9000)]), ids)
+        assert not fresh.ids_of
+
+
+def test_ctrl_c_is_heard_while_pairs_are_found():
+    dice, before = random.Random(0), set(threading.enumerate())
+
+    def text():
+        yield "".join(dice.choice("abcdefgh") for _ in range(200_000))
+        os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        BPETokenizer.merges_of(text(), 512)
+    (thread,) = set(threading.enumerate()) - before
+    assert thread.is_alive() and thread.daemon
+    thread.join()
+
+
+def test_a_text_that_can_not_be_read_says_so_while_pairs_are_found():
+    def text():
+        yield "the cat"
+        raise ValueError("no text")
+
+    with pytest.raises(ValueError, match="no text"):
+        BPETokenizer.merges_of(text(), 300)
 
 
 def test_merges_are_those_of_the_text_and_the_same_every_time():
