@@ -49,10 +49,8 @@ TRAINER_DEFAULTS = {
 }
 
 
-class Parser(LightningArgumentParser):
-    """Says what is wrong in one line; --help has the rest."""
-
-    error = main.Parser.error
+class Parser(main.Parser, LightningArgumentParser):
+    """The command line's parser, for classes of Lightning too."""
 
 
 class CLI(LightningCLI):

@@ -74,7 +74,7 @@ def generate(
         top_p: draw among the likeliest characters that together have this share of the odds.
         min_p: draw among characters at least this share as likely as the likeliest.
         repetition_penalty: above 1 makes characters that are in the text already less likely.
-        stop: strings before which a text ends.
+        stop: a string before which a text ends, or several: ['THE END', '###'].
         num_samples: texts to write, at once, each with dice of its own.
         seed: another seed gives another text, the same one the same text.
         stride: once the text is longer than the net's context, its beginning moves on by so many characters; null is
