@@ -13,11 +13,12 @@ import lightning as L
 import torch
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import EarlyStopping, Timer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import distributed as dist
 
-from . import callbacks, checkpoint, lecture, main
+from . import callbacks, checkpoint, lecture, main, text
 from .data import TinyShakespeare
 from .distributed import Lost, lost_another, refuse_other_numbers, several_devices
 from .main import complain, program
@@ -31,7 +32,7 @@ from .settings import (
     settings_of_run,
     settings_of_weights,
 )
-from .speak import generate
+from .speak import described, say
 from .tokenizer import CharTokenizer
 from .training import Diverged, LanguageModel
 from .vitals import Vitals
@@ -88,6 +89,7 @@ class CLI(LightningCLI):
             self.start_from_rung(parser, args, self.config.fit.model.rung)
         if command == "fit":
             refuse_nonsense(self.config.fit)
+            refuse_used_up(self.config.fit.trainer, {})
 
     def start_from_checkpoint(self, parser, args: list[str], command: str) -> None:
         path = checkpoint.find(self.config[command].ckpt_path or "best")
@@ -110,6 +112,8 @@ class CLI(LightningCLI):
                 f"the checkpoint {path} is at step {saved['global_step']}, so trainer.max_steps={steps} leaves nothing "
                 "to do: give a larger number"
             )
+        if command == "fit":
+            refuse_used_up(self.config.fit.trainer, saved)
 
     def start_from_weights(self, parser, args: list[str]) -> None:
         path = checkpoint.find(self.config.fit.model.init_from)
@@ -185,31 +189,45 @@ class CLI(LightningCLI):
                 flush=True,
             )
 
+    def before_validate(self) -> None:
+        if self.trainer.is_global_zero:
+            say(described(self.config[self.config.subcommand].ckpt_path))
+
+    before_test = before_validate
+
     def after_fit(self) -> None:
-        if not self.trainer.is_global_zero or self.saver is None or self.trainer.fast_dev_run:
+        if not self.trainer.is_global_zero or self.trainer.fast_dev_run:
+            return
+        print(f"\nended after step {self.trainer.global_step:,}: {why_it_ended(self.trainer)}")
+        if self.saver is None:
             return
         if self.io.failed:
             files = " and ".join(map(os.path.relpath, self.io.failed))
             complain(f"the training is done, but its last state is not in {files}")
             sys.exit(1)
         if not math.isfinite(self.saver.best_loss):
-            print(f"\nnothing was validated; the newest state is {os.path.relpath(self.saver.last)}")
+            print(f"nothing was validated; the newest state is {os.path.relpath(self.saver.last)}")
             return
         path = os.path.relpath(self.saver.best)
         me = program()
         loss = self.trainer.callback_metrics["val/loss"]
         unit = "character" if isinstance(self.datamodule.tokenizer, CharTokenizer) else "token"
         print(
-            f"\nval/loss {loss:.4f} nats per {unit} at the end, {self.saver.best_loss:.4f} at best, after "
+            f"val/loss {loss:.4f} nats per {unit} at the end, {self.saver.best_loss:.4f} at best, after "
             f"{self.throughput.seconds:.1f} s of training\n{path}\n"
         )
-        generate(path, max_new_tokens=300)
+        for piece in text.stream(*text.load(path), max_new_tokens=300):
+            print(piece, end="", flush=True)
         prompt = "" if self.datamodule.tokenizer.unknown("ROMEO:") else ' --prompt "ROMEO:"'
-        print(f"\nNext:\n  {me} generate{prompt}\n  {me} validate --ckpt_path {path}")
+        print(f"\n\nNext:\n  {me} generate{prompt}\n  {me} validate --ckpt_path {path}")
 
     def _run_subcommand(self, subcommand: str) -> None:
         try:
             super()._run_subcommand(subcommand)
+        except SystemExit:
+            if self.trainer.interrupted and self.trainer.is_global_zero:  # by Ctrl-C where no saver waits for it
+                complain(f"interrupted at step {self.trainer.global_step:,}")
+            raise
         except Exception as error:
             launcher = self.trainer.strategy.launcher
             if not isinstance(error, Stopped) and hasattr(launcher, "kill"):
@@ -219,11 +237,51 @@ class CLI(LightningCLI):
             raise
 
 
+def refuse_used_up(given, saved: dict) -> None:
+    """Raises ValueError if trainer.max_time or max_epochs leaves a run nothing to do, which may go on from `saved`."""
+    timer = Timer(given.max_time)
+    timer.load_state_dict(saved.get("callbacks", {}).get(timer.state_key, {}))
+    if (left := timer.time_remaining()) is not None and left <= 0:
+        raise ValueError(
+            f"trainer.max_time={given.max_time} leaves nothing to do after {timer.time_elapsed():.0f} s of training: "
+            "give more time, or null"
+        )
+    fit_loop = saved.get("loops", {}).get("fit_loop", {})
+    epochs = fit_loop.get("epoch_progress", {}).get("current", {}).get("processed", 0)
+    if given.max_epochs is not None and 0 <= given.max_epochs <= epochs:
+        raise ValueError(
+            f"trainer.max_epochs={given.max_epochs} leaves nothing to do after {epochs} epochs: give a larger number, "
+            "or null"
+        )
+
+
+def why_it_ended(trainer: L.Trainer) -> str:
+    if trainer.global_step >= trainer.max_steps:
+        return f"trainer.max_steps={trainer.max_steps} is reached"
+    for callback in trainer.callbacks:
+        if isinstance(callback, EarlyStopping) and callback.stopping_reason_message:
+            reason = callback.stopping_reason_message.replace(" Signaling Trainer to stop.", "")
+            return f"EarlyStopping with patience={callback.patience}: {reason}"
+        if isinstance(callback, Timer) and (left := callback.time_remaining()) is not None and left <= 0:
+            return f"the time that it was given is used up ({callback.time_elapsed():.0f} s; trainer.max_time)"
+    if 0 <= (trainer.max_epochs or -1) <= trainer.current_epoch:
+        return f"trainer.max_epochs={trainer.max_epochs} is reached"
+    return "a callback asked for it (trainer.should_stop)"
+
+
+def was_asked_for(record: logging.LogRecord) -> bool:
+    """Whether it is a warning, or comes from a callback, which somebody chose; all use one logger of Lightning's."""
+    return record.levelno > logging.INFO or bool({"callbacks", "tuner"} & set(Path(record.pathname).parts))
+
+
 def be_quiet() -> None:
-    """Silence what Lightning tells everybody; what goes wrong is still said, once."""
+    """Silence what Lightning tells everybody; what goes wrong, and what was asked for, is still said, once."""
     threading.excepthook = lambda told: None  # TensorBoard's writer and SafeIO raise it in the main thread again
-    for name in "lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero":
+    for name in "lightning.pytorch", "lightning.fabric":
         logging.getLogger(name).setLevel(logging.WARNING)
+    for name in "callbacks", "profilers", "tuner", "utilities.rank_zero":
+        logging.getLogger(f"lightning.pytorch.{name}").setLevel(logging.INFO)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(was_asked_for)
     logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)
     # this one says that a process has died, before it kills the others
     logging.getLogger("lightning.fabric.strategies.launchers.subprocess_script").setLevel(logging.INFO)

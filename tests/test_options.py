@@ -1,12 +1,19 @@
 """The command line's options: text to the letter, full names, and a sentence for what can't be."""
 
 import json
+import os
+import time
 import typing
+import zipfile
 from pathlib import Path
 
+import lightning as L
 import pytest
+import torch
+from conftest import TINY
 from jsonargparse import capture_parser
 
+from lightning_gpt import checkpoint
 from lightning_gpt.main import as_yaml, main
 
 # what YAML reads as nothing, a number, a date, a bool, a list, a mapping, a reference, or not at all
@@ -126,3 +133,96 @@ def test_a_config_that_is_written_is_read_as_it_was(parse, tmp_path):
         (tmp_path / "config.yaml").write_text(written)
         options = parse("generate", f"--config={tmp_path}/config.yaml")
         assert (options.prompt, options.stop) == (text, [text])
+
+
+# --- what is said -----------------------------------------------------------------------------------------------------
+
+
+def test_each_command_says_which_checkpoint_it_uses(ckpt, text_file, capsys):
+    saved = checkpoint.read(ckpt)
+    where = ["--ckpt_path", str(ckpt)]
+    for command in ["generate", "--max_new_tokens=3"], ["score", "--text_file", str(text_file)], ["validate"], ["test"]:
+        capsys.readouterr()
+        main([*command, *where])
+        line = f"lightning-gpt: {os.path.relpath(ckpt)}, step 5, val/loss {saved['val_loss']:.4f}\n"
+        assert capsys.readouterr().err == line
+
+
+def test_a_short_trial_does_not_hide_a_better_model(ckpt, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(checkpoint, "ROOT", tmp_path)
+    saved = checkpoint.read(ckpt)
+    other_text = saved["datamodule_hyper_parameters"] | {"corpus": "other.txt"}
+    runs = {"good": {"val_loss": 2.5}, "best": {"val_loss": 2.25}, "other": {"datamodule_hyper_parameters": other_text}}
+    runs |= {"trial": {"val_loss": 3.75}}
+    for age, (name, change) in enumerate(runs.items()):
+        path = tmp_path / name / "version_0" / "checkpoints" / "best.ckpt"
+        checkpoint.write(saved | {"val_loss": 1.0} | change, path)
+        os.utime(path, (age, age))
+    (tmp_path / "broken" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "broken" / "checkpoints" / "best.ckpt").write_bytes(b"PK")
+    os.utime(tmp_path / "broken" / "checkpoints" / "best.ckpt", (0, 0))
+    main(["generate", "--max_new_tokens=3"])
+    said = capsys.readouterr().err
+    assert "trial/version_0/checkpoints/best.ckpt, step 5, val/loss 3.7500; on the same text" in said
+    assert "best/version_0/checkpoints/best.ckpt has 2.2500: --ckpt_path takes it" in said
+
+
+def test_the_head_of_a_checkpoint_is_read_without_its_weights(ckpt, tmp_path):
+    saved = checkpoint.read(ckpt)
+    checkpoint.write(saved | {"state_dict": {"net.x": torch.zeros(30_000_000)}}, tmp_path / "large.ckpt")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(zipfile.ZipFile, "testzip", None)
+        since = time.perf_counter()
+        step, loss, data = checkpoint.facts(tmp_path / "large.ckpt")
+    assert time.perf_counter() - since < 0.1
+    assert (step, loss, data["corpus"]) == (5, saved["val_loss"], saved["datamodule_hyper_parameters"]["corpus"])
+    (tmp_path / "x.ckpt").write_bytes(b"no checkpoint")
+    assert checkpoint.facts(tmp_path / "x.ckpt") is checkpoint.facts(tmp_path / "none.ckpt") is None
+
+
+@pytest.mark.parametrize(
+    "how, reason",
+    [
+        ([], "ended after step 5: trainer.max_steps=5 is reached"),
+        (["--trainer.max_time={milliseconds: 1}"], "the time that it was given is used up (0 s; trainer.max_time)"),
+        (
+            ["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=val/loss", "--model.learning_rate=0"]
+            + ["--trainer.callbacks.patience=2", "--trainer.val_check_interval=1"],
+            "ended after step 3: EarlyStopping with patience=2: Monitored metric val/loss did not improve in the last",
+        ),
+        (["--trainer.max_epochs=1", "--trainer.limit_train_batches=2"], "trainer.max_epochs=1 is reached"),
+        (["--trainer.callbacks+=test_options.Enough"], "ended after step 2: a callback asked for it"),
+    ],
+)
+def test_a_run_says_why_it_ended(tmp_path, text_file, capsys, how, reason):
+    main(["fit", *TINY, *how, f"--data.corpus={text_file}", f"--trainer.default_root_dir={tmp_path}"])
+    assert reason in capsys.readouterr().out
+
+
+class Enough(L.Callback):
+    def on_train_batch_end(self, trainer, *_):
+        trainer.should_stop = trainer.global_step == 2
+
+
+def test_what_was_asked_of_lightning_is_printed(nursery, tmp_path, text_file):
+    how = ["--trainer.profiler=simple", "--trainer.enable_model_summary=true", "--trainer.max_time=00:01:00:00"]
+    assert nursery.run(tmp_path, "fit", *TINY, *how, "--data.corpus", text_file) == 0
+    said = nursery.log.read_text()
+    assert "FIT Profiler Report" in said and "run_training_batch" in said and "Trainable params" in said
+    assert "GPU available" not in said and "Tip" not in said and "Seed set" not in said
+
+
+def test_a_limit_that_is_used_up_is_said_when_a_run_goes_on(run, tmp_path, fails):
+    saved, path = checkpoint.read(run / "checkpoints" / "last.ckpt"), tmp_path / "last.ckpt"
+    epochs = saved["loops"]["fit_loop"]["epoch_progress"]["current"]
+    checkpoint.write(saved | {"callbacks": {"Timer": {"time_elapsed": {"train": 61.0}}}}, path)
+    go_on = "fit", "--ckpt_path", path, f"--trainer.default_root_dir={tmp_path}", "--trainer.max_steps=9"
+    assert "trainer.max_time=00:00:01:00 leaves nothing to do after 61 s of training" in fails(
+        *go_on, "--trainer.max_time=00:00:01:00"
+    )
+    epochs["processed"] = 3
+    checkpoint.write(saved, path)
+    assert "trainer.max_epochs=3 leaves nothing to do after 3 epochs" in fails(*go_on, "--trainer.max_epochs=3")
+    new = "fit", *TINY, f"--trainer.default_root_dir={tmp_path}"
+    assert "max_time=00:00:00:00 leaves nothing to do" in fails(*new, "--trainer.max_time=00:00:00:00")
+    assert "max_epochs=0 leaves nothing to do" in fails(*new, "--trainer.max_epochs=0")
