@@ -13,14 +13,14 @@ import lightning as L
 import torch
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch.callbacks import EarlyStopping, Timer
+from lightning.pytorch.callbacks import EarlyStopping, ProgressBar, Timer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
 from torch import distributed as dist
 
 from . import callbacks, checkpoint, lecture, main, text
 from .data import TinyShakespeare
-from .distributed import Lost, lost_another, refuse_other_numbers, several_devices
+from .distributed import Lost, lost_another, refuse_other_launchers, refuse_other_numbers, several_devices
 from .main import complain, program
 from .saving import SafeIO, Save, SaveConfig, StopOnSignal, Stopped
 from .settings import (
@@ -143,7 +143,10 @@ class CLI(LightningCLI):
         self.save_config_kwargs = {"folder": Path(board.log_dir)}
         if given.logger is None or given.logger is True:
             kwargs["logger"] = board if fit else False
-        watchers: list[L.Callback] = [callbacks.Progress()] if given.enable_progress_bar in (None, True) else []
+        theirs = self.config_init[self.config.subcommand].trainer.callbacks or []
+        theirs = list(theirs) if isinstance(theirs, (list, tuple)) else [theirs]
+        has_bar = given.enable_progress_bar is False or any(isinstance(callback, ProgressBar) for callback in theirs)
+        watchers: list[L.Callback] = [] if has_bar else [callbacks.Progress()]
         if fit:
             self.throughput = callbacks.Throughput()
             watchers += [self.throughput, Vitals(), callbacks.ValidateAtTheEnd()]
@@ -161,7 +164,7 @@ class CLI(LightningCLI):
                 )
             if given.strategy == "auto":
                 kwargs["strategy"] = "replicas"
-        kwargs["callbacks"] = watchers + list(self.config_init[self.config.subcommand].trainer.callbacks or [])
+        kwargs["callbacks"] = watchers + theirs
         try:
             trainer = super().instantiate_trainer(**kwargs)
         except MisconfigurationException as error:
@@ -171,6 +174,12 @@ class CLI(LightningCLI):
                 f"trainer.accelerator={given.accelerator} with trainer.devices={given.devices}: "
                 f"{' '.join(str(error).split())} Take auto for both; the accelerator cpu is always there"
             ) from None
+        except Exception as error:  # a dozen kinds, by what Lightning's parts look at first
+            raise ValueError(
+                f"no Trainer can be made of trainer.accelerator={given.accelerator}, trainer.devices={given.devices}, "
+                f"trainer.strategy={given.strategy} and what else it was given: {' '.join(str(error).split())[:300]}"
+            ) from None
+        refuse_other_launchers(trainer)
         refuse_other_numbers(trainer)
         return trainer
 
@@ -337,5 +346,10 @@ def train(args: list[str], cli: type[CLI] = CLI) -> None:
     except Diverged as error:
         complain(". ".join([str(error), *getattr(error, "__notes__", [])]))
         sys.exit(1)
-    except MisconfigurationException as error:
+    except (MisconfigurationException, ImportError) as error:  # a module that a setting asks for is not installed
         raise ValueError(" ".join(str(error).split())) from None
+    except RuntimeError as error:
+        if "returned nan values" not in str(error):  # trainer.detect_anomaly, which has shown where
+            raise
+        complain(f"trainer.detect_anomaly stopped the training: {error} Take a lower rate")
+        sys.exit(1)

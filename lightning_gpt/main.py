@@ -85,7 +85,7 @@ class Parser(jsonargparse.ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         message = " ".join(message.split())
         if message.endswith("expected one argument"):
-            message += "; one that begins with a dash follows an equals sign, as in --prompt=-x"
+            message += "; where it begins with a dash, it follows an equals sign, as in --prompt=-x"
         complain(message)
         sys.exit(2)
 
@@ -225,7 +225,8 @@ def run(what: Callable[[list[str]], None], args: list[str]) -> None:
         print()
         sys.exit(130)
     except RuntimeError as error:
-        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+        few = "can't allocate memory", "size calculation overflowed"
+        if not isinstance(error, torch.OutOfMemoryError) and not any(words in str(error) for words in few):
             raise
         reason = str(error).split("\n")[0][:200]
         complain(f"out of memory: take a smaller batch or model. {reason}")

@@ -7,6 +7,7 @@ from typing import Literal, cast
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import functional as F
@@ -157,6 +158,8 @@ class LanguageModel(L.LightningModule):
         for name, rate in {"learning_rate": learning_rate, "muon_lr": muon_lr}.items():
             if not 0 <= rate <= 1e30:
                 raise ValueError(f"{name}={rate} must be between 0 and 1e30; 1e-4 to 1e-1 are usual")
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"betas={betas} must be 0 or more and less than 1 each; (0.9, 0.99) is usual")
         if warmup_steps < 0:
             raise ValueError(f"warmup_steps={warmup_steps} must be 0 or more")
         if rung and compile:
@@ -330,6 +333,12 @@ class LanguageModel(L.LightningModule):
     characters: Tensor | None  # that each token id stands for, where that is known
 
     def setup(self, stage: str) -> None:
+        for callback in self.trainer.callbacks:
+            if isinstance(callback, (LearningRateFinder, BatchSizeFinder)):
+                raise ValueError(
+                    f"{type(callback).__name__} would change the rates or batches that the settings fix for a whole "
+                    "run: leave it out, and compare short runs with other model.learning_rate or data.batch_size"
+                )
         tokenizer = getattr(getattr(self.trainer, "datamodule", None), "tokenizer", None)
         table = None if tokenizer is None else tokenizer.characters
         self.register_buffer("characters", table, persistent=False)

@@ -10,11 +10,16 @@ from pathlib import Path
 import lightning as L
 import pytest
 import torch
-from conftest import TINY
+from conftest import MODERN, TINY, V, loud
 from jsonargparse import capture_parser
+from lightning.pytorch.tuner import Tuner
 
 from lightning_gpt import checkpoint
+from lightning_gpt.data import TinyShakespeare
+from lightning_gpt.formats import to_onnx
 from lightning_gpt.main import as_yaml, main
+from lightning_gpt.model import GPT, GPTConfig
+from lightning_gpt.training import LanguageModel
 
 # what YAML reads as nothing, a number, a date, a bool, a list, a mapping, a reference, or not at all
 SHAPES = "# Chapter 1|#1.txt|###|~|Null|NULL|a null b|1e3|-1|007|0x1F|1_000|.nan|2020-01-01|12:30:45|yes|true|'q'"
@@ -226,3 +231,94 @@ def test_a_limit_that_is_used_up_is_said_when_a_run_goes_on(run, tmp_path, fails
     new = "fit", *TINY, f"--trainer.default_root_dir={tmp_path}"
     assert "max_time=00:00:00:00 leaves nothing to do" in fails(*new, "--trainer.max_time=00:00:00:00")
     assert "max_epochs=0 leaves nothing to do" in fails(*new, "--trainer.max_epochs=0")
+
+
+# --- what can't be: one sentence --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        (["--model.betas=[-1,0.5]"], "betas=(-1.0, 0.5) must be 0 or more and less than 1"),
+        (["--model.betas=[0.9,.nan]"], "betas=(0.9, nan)"),
+        (["--trainer.check_val_every_n_epoch=0"], "check_val_every_n_epoch=0: give a number of epochs, 1 or more"),
+        (["--trainer.devices="], "trainer.devices=, "),
+        (["--trainer.devices=[]"], "trainer.devices=[]"),
+        (["--trainer.strategy=ddp_spawn"], "take replicas or ddp"),
+        (["--trainer.strategy=ddp_notebook"], "take replicas or ddp"),
+        (["--trainer.accelerator=tpu"], "torch_xla"),
+        (["--trainer.default_root_dir=s3://bucket/runs"], "a folder on a disk of this machine"),
+        (["--trainer.default_root_dir=$HOME/runs"], "a folder on a disk of this machine"),
+        (["--name=$HOME"], "name='$HOME'"),
+        ([f"--data.batch_size={2**63}"], f"data.batch_size={2**63} is beyond the numbers of 64 bits"),
+        ([f"--model.warmup_steps={10**30}"], "model.warmup_steps=1000000000000000000000000000000 is beyond"),
+        (["--trainer.callbacks+=LearningRateFinder"], "LearningRateFinder would change the rates or batches"),
+        (["--trainer.callbacks=BatchSizeFinder"], "BatchSizeFinder would change the rates or batches"),
+        (["--trainer.max_time=5"], "DD:HH:MM:SS"),
+    ],
+)
+def test_settings_that_can_not_be_are_refused(tmp_path, fails, text_file, flags, message):
+    where = [f"--data.corpus={text_file}", f"--trainer.default_root_dir={tmp_path}"]
+    assert message in fails("fit", *TINY, *where, *flags)
+    assert not list(tmp_path.rglob("*.ckpt"))
+
+
+@pytest.mark.parametrize("find", ["lr_find", "scale_batch_size"])
+def test_a_tuner_is_told_in_one_sentence_too(tmp_path, text_file, find):
+    trainer = L.Trainer(default_root_dir=tmp_path, accelerator="cpu", max_steps=2, logger=False)
+    model, data = LanguageModel(vocab_size=32, block_size=16, n_layer=1, n_head=1, n_embd=8), text_file
+    with pytest.raises(ValueError, match="would change the rates or batches"):
+        getattr(Tuner(trainer), find)(model, datamodule=TinyShakespeare(str(data), block_size=16, batch_size=4))
+
+
+def test_numbers_too_large_for_memory_are_said_to_be(tmp_path, text_file, capsys):
+    where = [f"--data.corpus={text_file}", f"--trainer.default_root_dir={tmp_path}", f"--data.batch_size={2**63 - 1}"]
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", *TINY, *where])
+    assert stop.value.code == 1 and "out of memory: take a smaller batch or model" in capsys.readouterr().err
+
+
+@pytest.mark.filterwarnings("ignore:Error detected in")  # where, which is what was asked for
+def test_detect_anomaly_ends_with_a_sentence(tmp_path, text_file, capsys):
+    where = [f"--data.corpus={text_file}", f"--trainer.default_root_dir={tmp_path}"]
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", *TINY, *where, "--trainer.detect_anomaly=true", "--model.learning_rate=1e30"])
+    assert stop.value.code == 1 and "trainer.detect_anomaly stopped the training" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("given", ["TQDMProgressBar", "[{class_path: TQDMProgressBar}]", "test_options.Enough"])
+def test_a_bar_of_the_users_own_takes_the_place_of_ours(tmp_path, text_file, given, capsys):
+    where = [f"--data.corpus={text_file}", f"--trainer.default_root_dir={tmp_path}"]
+    main(["fit", *TINY, *where, f"--trainer.callbacks={given}"])
+    assert ("val" in capsys.readouterr().out.split("ended after")[0].split("steps")[-1]) == ("Enough" in given)
+
+
+def test_unknown_characters_name_the_flag_that_helps_here(ckpt, fails, tmp_path, capsys):
+    (tmp_path / "text.txt").write_text("the € cat", encoding="utf-8")
+    for ask in ["generate", "--prompt", "the € cat"], ["score", "--text_file", str(tmp_path / "text.txt")]:
+        said = fails(*ask, f"--ckpt_path={ckpt}")
+        assert "'€'" in said and "--on_unknown skip" in said and "data.unknown" not in said
+        main([*ask, f"--ckpt_path={ckpt}", "--on_unknown=skip"])
+        assert "left out what this net doesn't know: '€'" in capsys.readouterr().err
+
+
+def test_a_value_with_a_dash_is_told_where_it_goes(fails):
+    assert fails("generate", "--prompt", "-x").endswith("it follows an equals sign, as in --prompt=-x")
+
+
+def test_the_meta_device_is_refused(ckpt, fails):
+    assert "device=meta can't be used here" in fails("generate", f"--ckpt_path={ckpt}", "--device=meta")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("T", [1, 2, 3, 4])
+@pytest.mark.parametrize("how", [{}, MODERN], ids=["gpt2", "modern"])
+def test_an_onnx_program_of_a_short_context_takes_any_length(tmp_path, T, how):
+    runtime = pytest.importorskip("onnxruntime")
+    net = loud(GPT(GPTConfig(V, T, n_layer=2, n_head=2, n_embd=16, dropout=0.0, **how))).float()
+    to_onnx(net, tmp_path / "x.onnx", "{}")
+    program = runtime.InferenceSession(tmp_path / "x.onnx")
+    for length in range(1, T + 1):
+        idx = torch.randint(V, (3, length))
+        (logits,) = program.run(None, {"idx": idx.numpy()})
+        torch.testing.assert_close(torch.from_numpy(logits), net(idx), rtol=0, atol=1e-4)
