@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 
 import lightning as L
@@ -165,6 +166,8 @@ class CLI(LightningCLI):
             if given.strategy == "auto":
                 kwargs["strategy"] = "replicas"
         kwargs["callbacks"] = watchers + theirs
+        if given.profiler == "xla" and find_spec("torch_xla") is None:
+            raise ValueError("trainer.profiler=xla needs the package torch_xla, which is not installed")
         try:
             trainer = super().instantiate_trainer(**kwargs)
         except MisconfigurationException as error:
