@@ -103,6 +103,9 @@ class Parser(jsonargparse.ArgumentParser):
         for key, value in options.items():
             if isinstance(value, Text):
                 options[key] = str(value)
+            counts = isinstance(value, int) or isinstance(value, float) and "batches" in key
+            if counts and abs(value) >= 2**63:
+                self.error(f"{key}={value} is beyond the numbers of 64 bits that PyTorch counts with")
         return options
 
     def _parse_optional(self, arg_string):
@@ -224,9 +227,10 @@ def run(what: Callable[[list[str]], None], args: list[str]) -> None:
     except KeyboardInterrupt:
         print()
         sys.exit(130)
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         few = "can't allocate memory", "size calculation overflowed"
-        if not isinstance(error, torch.OutOfMemoryError) and not any(words in str(error) for words in few):
+        out_of_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError))
+        if not out_of_memory and not any(words in str(error) for words in few):
             raise
         reason = str(error).split("\n")[0][:200]
         complain(f"out of memory: take a smaller batch or model. {reason}")

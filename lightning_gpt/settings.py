@@ -33,10 +33,6 @@ def refuse_nonsense(config) -> None:
         raise ValueError(
             f"trainer.check_val_every_n_epoch={epochs}: give a number of epochs, 1 or more, or null to count batches"
         )
-    for name, value in config.items():
-        counts = isinstance(value, int) or isinstance(value, float) and "batches" in name
-        if counts and abs(value) >= 2**63:
-            raise ValueError(f"{name}={value} is beyond the numbers of 64 bits that PyTorch counts with")
     if config.save_every_n_steps < 0:
         raise ValueError(f"save_every_n_steps={config.save_every_n_steps} must be 0 (never) or more")
     if config.name in ("", ".", "..") or Path(config.name).name != config.name:
