@@ -61,6 +61,7 @@ class CLI(LightningCLI):
     run_folder: Path | None = None  # of the run that goes on in it
     start_step = 0
     saver: Save | None = None
+    asked: str | None = None  # the checkpoint to start from, as it was given: a path, best or last
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -82,6 +83,7 @@ class CLI(LightningCLI):
     def parse_arguments(self, parser, args) -> None:
         self.config = parser.parse_args(args)
         command = self.config.subcommand
+        self.asked = self.config[command].ckpt_path or (self.config.fit.model.init_from if command == "fit" else "best")
         if command in ("validate", "test") or (command == "fit" and self.config.fit.ckpt_path):
             self.start_from_checkpoint(parser, args, command)
         elif command == "fit" and self.config.fit.model.init_from:
@@ -188,6 +190,9 @@ class CLI(LightningCLI):
 
     def before_fit(self) -> None:
         self.datamodule.refuse_unequal_shares(self.trainer.world_size)  # here, before Lightning starts the others
+        if self.trainer.is_global_zero and self.asked:
+            path = self.config.fit.ckpt_path or self.config.fit.model.init_from
+            print(f"starts from {described(path, str(self.asked))}", flush=True)
         if self.config.fit.ckpt_path:
             self.model.init_from = None
         if self.trainer.is_global_zero:
@@ -203,7 +208,7 @@ class CLI(LightningCLI):
 
     def before_validate(self) -> None:
         if self.trainer.is_global_zero:
-            say(described(self.config[self.config.subcommand].ckpt_path))
+            say(described(self.config[self.config.subcommand].ckpt_path, str(self.asked)))
 
     before_test = before_validate
 

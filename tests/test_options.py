@@ -151,7 +151,7 @@ def test_each_command_says_which_checkpoint_it_uses(ckpt, text_file, capsys):
         assert capsys.readouterr().err == line
 
 
-def test_a_short_trial_does_not_hide_a_better_model(ckpt, tmp_path, monkeypatch, capsys):
+def test_a_short_trial_does_not_hide_a_better_model(ckpt, text_file, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(checkpoint, "ROOT", tmp_path)
     saved = checkpoint.read(ckpt)
     other_text = saved["datamodule_hyper_parameters"] | {"corpus": "other.txt"}
@@ -168,6 +168,11 @@ def test_a_short_trial_does_not_hide_a_better_model(ckpt, tmp_path, monkeypatch,
     said = capsys.readouterr().err
     assert "trial/version_0/checkpoints/best.ckpt, step 5, val/loss 3.7500; on the same text" in said
     assert "best/version_0/checkpoints/best.ckpt has 2.2500: --ckpt_path takes it" in said
+    tune = ["fit", *TINY, "--model.init_from=best", f"--data.corpus={text_file}", "--trainer.fast_dev_run=true"]
+    for line in ["validate"], tune:
+        main([*line, f"--trainer.default_root_dir={tmp_path}/run"])
+        told = capsys.readouterr()
+        assert said.removeprefix("lightning-gpt: ") in (told.err if line == ["validate"] else told.out)
 
 
 def test_the_head_of_a_checkpoint_is_read_without_its_weights(ckpt, tmp_path):
