@@ -296,7 +296,7 @@ def test_detect_anomaly_ends_with_a_sentence(tmp_path, text_file, capsys):
     assert stop.value.code == 1 and "trainer.detect_anomaly stopped the training" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("given", ["TQDMProgressBar", "[{class_path: TQDMProgressBar}]", "test_options.Enough"])
+@pytest.mark.parametrize("given", ["TQDMProgressBar", "test_options.Enough"])
 def test_a_bar_of_the_users_own_takes_the_place_of_ours(tmp_path, text_file, given, capsys):
     where = [f"--data.corpus={text_file}", f"--trainer.default_root_dir={tmp_path}"]
     main(["fit", *TINY, *where, f"--trainer.callbacks={given}"])
