@@ -21,7 +21,7 @@ import jsonargparse
 import torch
 
 from .generation import generate, sample
-from .main import run
+from .main import Parser, run
 from .model import GPT, GPTConfig
 
 SHAPES = {
@@ -109,4 +109,4 @@ def bench(nets: list[str] | None = None, json: bool = False) -> None:
 
 
 if __name__ == "__main__":
-    run(lambda args: jsonargparse.auto_cli(bench, args=args, as_positional=False), sys.argv[1:])
+    run(lambda args: jsonargparse.auto_cli(bench, args=args, as_positional=False, parser_class=Parser), sys.argv[1:])

@@ -8,19 +8,28 @@ import sys
 import threading
 import warnings
 from contextlib import nullcontext, suppress
+from importlib.util import find_spec
 from pathlib import Path
 
 import lightning as L
 import torch
 import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.callbacks import EarlyStopping, ProgressBar, Timer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from torch import distributed as dist
 
-from . import callbacks, checkpoint, lecture, main
+from . import callbacks, checkpoint, lecture, main, text
 from .board import Board, claim, hold
 from .data import TinyShakespeare
-from .distributed import Lost, lost_another, name_the_starter, refuse_other_numbers, several_devices
+from .distributed import (
+    Lost,
+    lost_another,
+    name_the_starter,
+    refuse_other_launchers,
+    refuse_other_numbers,
+    several_devices,
+)
 from .files import lossy_output
 from .main import complain, program, with_notes
 from .saving import SafeIO, Save, SaveConfig, StopOnSignal, Stopped
@@ -33,7 +42,7 @@ from .settings import (
     settings_of_run,
     settings_of_weights,
 )
-from .speak import generate
+from .speak import described, say
 from .tokenizer import CharTokenizer
 from .training import Diverged, LanguageModel
 from .vitals import Vitals
@@ -51,10 +60,8 @@ TRAINER_DEFAULTS = {
 }
 
 
-class Parser(LightningArgumentParser):
-    """Says what is wrong in one line; --help has the rest."""
-
-    error = main.Parser.error
+class Parser(main.Parser, LightningArgumentParser):
+    """The command line's parser, for classes of Lightning too."""
 
 
 class CLI(LightningCLI):
@@ -64,6 +71,7 @@ class CLI(LightningCLI):
     start_step = 0
     saver: Save | None = None
     lock: int | None = None  # on the run's folder
+    asked: str | None = None  # the checkpoint to start from, as it was given: a path, best or last
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -85,6 +93,7 @@ class CLI(LightningCLI):
     def parse_arguments(self, parser, args) -> None:
         self.config = parser.parse_args(args)
         command = self.config.subcommand
+        self.asked = self.config[command].ckpt_path or (self.config.fit.model.init_from if command == "fit" else "best")
         if command in ("validate", "test") or (command == "fit" and self.config.fit.ckpt_path):
             self.start_from_checkpoint(parser, args, command)
         elif command == "fit" and self.config.fit.model.init_from:
@@ -93,6 +102,7 @@ class CLI(LightningCLI):
             self.start_from_rung(parser, args, self.config.fit.model.rung)
         if command == "fit":
             refuse_nonsense(self.config.fit)
+            refuse_used_up(self.config.fit.trainer, {})
 
     def start_from_checkpoint(self, parser, args: list[str], command: str) -> None:
         path = checkpoint.find(self.config[command].ckpt_path or "best")
@@ -115,6 +125,8 @@ class CLI(LightningCLI):
                 f"the checkpoint {path} is at step {saved['global_step']}, so trainer.max_steps={steps} leaves nothing "
                 "to do: give a larger number"
             )
+        if command == "fit":
+            refuse_used_up(self.config.fit.trainer, saved)
 
     def start_from_weights(self, parser, args: list[str]) -> None:
         path = checkpoint.find(self.config.fit.model.init_from)
@@ -146,7 +158,10 @@ class CLI(LightningCLI):
         self.save_config_kwargs = {"board": board}
         if given.logger is None or given.logger is True:
             kwargs["logger"] = board if fit else False
-        watchers: list[L.Callback] = [callbacks.Progress()] if given.enable_progress_bar in (None, True) else []
+        theirs = self.config_init[self.config.subcommand].trainer.callbacks or []
+        theirs = list(theirs) if isinstance(theirs, (list, tuple)) else [theirs]
+        has_bar = given.enable_progress_bar is False or any(isinstance(callback, ProgressBar) for callback in theirs)
+        watchers: list[L.Callback] = [] if has_bar else [callbacks.Progress()]
         if fit:
             self.throughput = callbacks.Throughput()
             watchers += [self.throughput, Vitals(), callbacks.ValidateAtTheEnd()]
@@ -165,7 +180,9 @@ class CLI(LightningCLI):
                 )
             if given.strategy == "auto":
                 kwargs["strategy"] = "replicas"
-        kwargs["callbacks"] = watchers + list(self.config_init[self.config.subcommand].trainer.callbacks or [])
+        kwargs["callbacks"] = watchers + theirs
+        if given.profiler == "xla" and find_spec("torch_xla") is None:
+            raise ValueError("trainer.profiler=xla needs the package torch_xla, which is not installed")
         try:
             trainer = super().instantiate_trainer(**kwargs)
         except MisconfigurationException as error:
@@ -175,12 +192,21 @@ class CLI(LightningCLI):
                 f"trainer.accelerator={given.accelerator} with trainer.devices={given.devices}: "
                 f"{' '.join(str(error).split())} Take auto for both; the accelerator cpu is always there"
             ) from None
+        except Exception as error:  # a dozen kinds, by what Lightning's parts look at first
+            raise ValueError(
+                f"no Trainer can be made of trainer.accelerator={given.accelerator}, trainer.devices={given.devices}, "
+                f"trainer.strategy={given.strategy} and what else it was given: {' '.join(str(error).split())[:300]}"
+            ) from None
+        refuse_other_launchers(trainer)
         refuse_other_numbers(trainer)
         return trainer
 
     def before_fit(self) -> None:
         self.datamodule.refuse_unequal_shares(self.trainer.world_size)  # here, before Lightning starts the others
         callbacks.refuse_unknown_monitors(self.trainer, self.model, self.datamodule.tokenizer)
+        if self.trainer.is_global_zero and self.asked:
+            path = self.config.fit.ckpt_path or self.config.fit.model.init_from
+            print(f"starts from {described(path, str(self.asked))}", flush=True)
         if self.config.fit.ckpt_path:
             self.model.init_from = None
         if self.trainer.is_global_zero and not self.trainer.fast_dev_run:
@@ -199,32 +225,46 @@ class CLI(LightningCLI):
                 flush=True,
             )
 
+    def before_validate(self) -> None:
+        if self.trainer.is_global_zero:
+            say(described(self.config[self.config.subcommand].ckpt_path, str(self.asked)))
+
+    before_test = before_validate
+
     def after_fit(self) -> None:
-        if not self.trainer.is_global_zero or self.saver is None or self.trainer.fast_dev_run:
+        if not self.trainer.is_global_zero or self.trainer.fast_dev_run:
+            return
+        print(f"\nended after step {self.trainer.global_step:,}: {why_it_ended(self.trainer)}")
+        if self.saver is None:
             return
         if self.io.failed:
             files = " and ".join(map(os.path.relpath, self.io.failed))
             complain(f"the training is done, but its last state is not in {files}")
             sys.exit(1)
         if not math.isfinite(self.saver.best_loss):
-            print(f"\nnothing was validated; the newest state is {os.path.relpath(self.saver.last)}")
+            print(f"nothing was validated; the newest state is {os.path.relpath(self.saver.last)}")
             return
         path = os.path.relpath(self.saver.best)
         me = program()
         loss = self.trainer.callback_metrics["val/loss"]
         unit = "character" if isinstance(self.datamodule.tokenizer, CharTokenizer) else "token"
         print(
-            f"\nval/loss {loss:.4f} nats per {unit} at the end, {self.saver.best_loss:.4f} at best, after "
+            f"val/loss {loss:.4f} nats per {unit} at the end, {self.saver.best_loss:.4f} at best, after "
             f"{self.throughput.seconds:.1f} s of training\n{path}\n"
         )
-        generate(path, max_new_tokens=300)
+        for piece in text.stream(*text.load(path), max_new_tokens=300):
+            print(piece, end="", flush=True)
         prompt = "" if self.datamodule.tokenizer.unknown("ROMEO:") else ' --prompt "ROMEO:"'
-        print(f"\nNext:\n  {me} generate{prompt}\n  {me} validate --ckpt_path {path}")
+        print(f"\n\nNext:\n  {me} generate{prompt}\n  {me} validate --ckpt_path {path}")
 
     def _run_subcommand(self, subcommand: str) -> None:
         try:
             with lossy_output() if subcommand == "fit" else nullcontext():
                 super()._run_subcommand(subcommand)
+        except SystemExit:
+            if self.trainer.interrupted and self.trainer.is_global_zero:  # by Ctrl-C where no saver waits for it
+                complain(f"interrupted at step {self.trainer.global_step:,}")
+            raise
         except Exception as error:
             launcher = self.trainer.strategy.launcher
             if not isinstance(error, Stopped) and hasattr(launcher, "kill"):
@@ -238,11 +278,51 @@ class CLI(LightningCLI):
                 self.lock = None
 
 
+def refuse_used_up(given, saved: dict) -> None:
+    """Raises ValueError if trainer.max_time or max_epochs leaves a run nothing to do, which may go on from `saved`."""
+    timer = Timer(given.max_time)
+    timer.load_state_dict(saved.get("callbacks", {}).get(timer.state_key, {}))
+    if (left := timer.time_remaining()) is not None and left <= 0:
+        raise ValueError(
+            f"trainer.max_time={given.max_time} leaves nothing to do after {timer.time_elapsed():.0f} s of training: "
+            "give more time, or null"
+        )
+    fit_loop = saved.get("loops", {}).get("fit_loop", {})
+    epochs = fit_loop.get("epoch_progress", {}).get("current", {}).get("processed", 0)
+    if given.max_epochs is not None and 0 <= given.max_epochs <= epochs:
+        raise ValueError(
+            f"trainer.max_epochs={given.max_epochs} leaves nothing to do after {epochs} epochs: give a larger number, "
+            "or null"
+        )
+
+
+def why_it_ended(trainer: L.Trainer) -> str:
+    if trainer.global_step >= trainer.max_steps:
+        return f"trainer.max_steps={trainer.max_steps} is reached"
+    for callback in trainer.callbacks:
+        if isinstance(callback, EarlyStopping) and callback.stopping_reason_message:
+            reason = callback.stopping_reason_message.replace(" Signaling Trainer to stop.", "")
+            return f"EarlyStopping with patience={callback.patience}: {reason}"
+        if isinstance(callback, Timer) and (left := callback.time_remaining()) is not None and left <= 0:
+            return f"the time that it was given is used up ({callback.time_elapsed():.0f} s; trainer.max_time)"
+    if 0 <= (trainer.max_epochs or -1) <= trainer.current_epoch:
+        return f"trainer.max_epochs={trainer.max_epochs} is reached"
+    return "a callback asked for it (trainer.should_stop)"
+
+
+def was_asked_for(record: logging.LogRecord) -> bool:
+    """Whether it is a warning, or comes from a callback, which somebody chose; all use one logger of Lightning's."""
+    return record.levelno > logging.INFO or bool({"callbacks", "tuner"} & set(Path(record.pathname).parts))
+
+
 def be_quiet() -> None:
-    """Silence what Lightning tells everybody; what goes wrong is still said, once."""
+    """Silence what Lightning tells everybody; what goes wrong, and what was asked for, is still said, once."""
     threading.excepthook = lambda told: None  # TensorBoard's writer and SafeIO raise it in the main thread again
-    for name in "lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero":
+    for name in "lightning.pytorch", "lightning.fabric":
         logging.getLogger(name).setLevel(logging.WARNING)
+    for name in "callbacks", "profilers", "tuner", "utilities.rank_zero":
+        logging.getLogger(f"lightning.pytorch.{name}").setLevel(logging.INFO)
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(was_asked_for)
     logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)
     # this one says that a process has died, before it kills the others
     logging.getLogger("lightning.fabric.strategies.launchers.subprocess_script").setLevel(logging.INFO)
@@ -299,7 +379,12 @@ def train(args: list[str], cli: type[CLI] = CLI) -> None:
     except Diverged as error:
         complain(with_notes(error))
         sys.exit(1)
-    except (MisconfigurationException, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "Early stopping conditioned on metric" not in str(error):
-            raise
+    except (MisconfigurationException, ImportError) as error:  # a module that a setting asks for is not installed
         raise ValueError(" ".join(with_notes(error).split())) from None
+    except RuntimeError as error:
+        if "Early stopping conditioned on metric" in str(error):
+            raise ValueError(" ".join(with_notes(error).split())) from None
+        if "returned nan values" not in str(error):  # trainer.detect_anomaly, which has shown where
+            raise
+        complain(f"trainer.detect_anomaly stopped the training: {error} Take a lower rate")
+        sys.exit(1)

@@ -10,6 +10,7 @@ from typing import Any, cast
 import lightning as L
 import torch
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, StrategyRegistry
+from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from torch import Tensor
 from torch import distributed as dist
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict, set_optimizer_state_dict
@@ -74,6 +75,15 @@ def refuse_other_numbers(trainer: L.Trainer) -> None:
         raise ValueError(
             f"torchrun started {started} process{'es' * (started > 1)}, but {devices} x {nodes} make up the run, which "
             "are trainer.devices and trainer.num_nodes: give torchrun the same --nproc_per_node and --nnodes"
+        )
+
+
+def refuse_other_launchers(trainer: L.Trainer) -> None:
+    """Raises ValueError for a strategy whose processes are copies of this one and can't hand back what they did."""
+    if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+        raise ValueError(
+            f"trainer.strategy starts its processes by {trainer.strategy.launcher._start_method} from inside this one, "
+            "which leaves this one without the trained weights: take replicas or ddp"
         )
 
 

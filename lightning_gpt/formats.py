@@ -369,7 +369,7 @@ def to_onnx(net: GPT, path: Path, told: str) -> None:
     need("onnxscript", "formats")
     T = net.config.block_size
     example = torch.zeros(2, min(T, 4), dtype=torch.int64)
-    free = {0: torch.export.Dim("B", max=2**16), **({1: torch.export.Dim("T", min=2, max=T)} if T > 4 else {})}
+    free = {0: torch.export.Dim("B", max=2**16), **({1: torch.export.Dim("T", min=1, max=T)} if T > 1 else {})}
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")

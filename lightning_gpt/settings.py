@@ -1,6 +1,7 @@
 """What configs, flags and a checkpoint say of a run, before anything is built. Plain Python."""
 
 import dataclasses
+import os
 import re
 from pathlib import Path
 
@@ -28,12 +29,23 @@ def refuse_nonsense(config) -> None:
         value = config.trainer[name]
         if not (isinstance(value, int) and value >= 1):
             raise ValueError(f"trainer.{name}={value}: give a number of {unit}, 1 or more")
+    if (epochs := config.trainer.check_val_every_n_epoch) is not None and epochs < 1:
+        raise ValueError(
+            f"trainer.check_val_every_n_epoch={epochs}: give a number of epochs, 1 or more, or null to count batches"
+        )
     if config.save_every_n_steps < 0:
         raise ValueError(f"save_every_n_steps={config.save_every_n_steps} must be 0 (never) or more")
     if config.name in ("", ".", "..") or Path(config.name).name != config.name:
         raise ValueError(
             f"name={config.name!r} is to name a folder below {config.trainer.default_root_dir}/, without a slash"
         )
+    for name in "name", "trainer.default_root_dir":
+        value = str(config[name])
+        if os.path.expandvars(value) != value or "://" in value or "\0" in value:
+            raise ValueError(
+                f"{name}={value!r} is to name a folder on a disk of this machine, and TensorBoard would read it as a "
+                "variable or a network's address: write the folder out"
+            )
 
 
 def settings_of_run(saved: dict, command: str) -> dict:

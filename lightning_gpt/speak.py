@@ -16,6 +16,7 @@ from .lecture import Rung
 from .model import GPT
 from .text import SHIPPED, Text, Tokenizer
 
+LOOKED_AT = 50  # newest best.ckpt among which a better one is named
 RULE = "\n" + "-" * 40 + "\n"  # between two samples
 
 
@@ -32,9 +33,22 @@ def load(
     ckpt_path: str, device: str, precision: Literal["auto", "float32", "bfloat16", "float16"]
 ) -> tuple[GPT | Rung, Tokenizer, str]:
     path = texts.find(ckpt_path)
-    if path == SHIPPED and ckpt_path == "best":
-        say(f"no run below {checkpoint.ROOT}/ yet: this is {path.name}, which comes with the package")
     return *texts.load(path, device, precision), relpath(path)
+
+
+def described(path: str | Path, asked: str = "") -> str:
+    """Which checkpoint it is, of what step and val/loss, and which better one was not taken for `best` or `last`."""
+    if asked == "best" and Path(path).resolve() == SHIPPED.resolve():
+        return f"no run below {checkpoint.ROOT}/ yet: this is {SHIPPED.name}, which comes with the package"
+    step, loss, data = checkpoint.facts(Path(path)) or (None, math.nan, {})
+    line = relpath(path) + ("" if step is None else f", step {step:,}")
+    line += f", val/loss {loss:.4f}" if math.isfinite(loss) else ""
+    others = checkpoint.newest_first(checkpoint.ROOT.glob("**/best.ckpt")) if asked in ("best", "last") else []
+    found = [(facts, other) for other in others[:LOOKED_AT] if (facts := checkpoint.facts(other))]
+    losses = [(least, other) for (_, least, on), other in found if least < loss and on == data]
+    if losses and (best := min(losses)):
+        line += f"; on the same text {relpath(best[1])} has {best[0]:.4f}: --ckpt_path takes it"
+    return line
 
 
 def generate(
@@ -71,7 +85,7 @@ def generate(
         top_p: draw among the likeliest characters that together have this share of the odds.
         min_p: draw among characters at least this share as likely as the likeliest.
         repetition_penalty: above 1 makes characters that are in the text already less likely.
-        stop: strings before which a text ends.
+        stop: a string before which a text ends, or several: ['THE END', '###'].
         num_samples: texts to write, at once, each with dice of its own.
         seed: another seed gives another text, the same one the same text.
         stride: once the text is longer than the net's context, its beginning moves on by so many characters; null is
@@ -102,7 +116,9 @@ def generate(
         "stop": stop or [],
         "stride": stride,
     }
+    which = described(path, ckpt_path)
     if interactive:
+        say(which)
         converse(net, tokenizer, prompt, max_new_tokens, seed, on_unknown, how)
         return
     if on_unknown == "skip" and (unknown := tokenizer.unknown(prompt) if prompt else ""):
@@ -117,6 +133,7 @@ def generate(
         for samples in written:
             if not shown:
                 first = time.perf_counter() - since
+                say(which)
             shown = show(samples[0], shown, first_time=not shown) if not quiet else 1
     except KeyboardInterrupt:
         cut = True
@@ -228,6 +245,7 @@ def score(
         say(f"left out what this net doesn't know: {unknown[:40]!r}")
         text = texts.spelled(tokenizer, text, "skip")
     found = texts.score(net, tokenizer, text, stride)
+    say(described(path, ckpt_path))
     if json:
         print(json_format.dumps({"checkpoint": path, "stride": stride or net.config.block_size} | found._asdict()))
         return

@@ -57,7 +57,7 @@ def load(
     if device == "auto":
         device = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     try:
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).tolist()  # meta has no numbers
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device={device} can't be used here: {str(error).splitlines()[0][:100]}") from None
     net, tokenizer = checkpoint.load(find(ckpt_path), device)
@@ -117,6 +117,23 @@ class Text:
         return self.text[: len(self.text) - max((len(s) for s in starts if self.text.endswith(s)), default=0)]
 
 
+def encoded(tokenizer: Tokenizer, text: str, what: str) -> Tensor:
+    """Token ids (T,) of a text that is read, not trained on.
+
+    Raises:
+        ValueError: the net doesn't know some of its characters; names them, and what to do here.
+    """
+    try:
+        return torch.as_tensor(tokenizer.encode(text))
+    except ValueError:
+        if not (unknown := tokenizer.unknown(text)):
+            raise
+        raise ValueError(
+            f"the {what} has what this net's vocabulary of {len(tokenizer)} lacks: {unknown[:40]!r}; leave it out, or "
+            "give --on_unknown skip"
+        ) from None
+
+
 def spelled(tokenizer: Tokenizer, prompt: str, on_unknown: Literal["error", "skip"] = "error") -> str:
     """The prompt as the net can read it; an empty one is a new line, as in the lecture.
 
@@ -130,7 +147,7 @@ def spelled(tokenizer: Tokenizer, prompt: str, on_unknown: Literal["error", "ski
         prompt = (" " if ids else "").join(part for part in parts if not tokenizer.unknown(part))
     if not prompt:
         prompt = tokenizer.vocabulary[0] if tokenizer.unknown("\n") else "\n"
-    return tokenizer.decode(torch.as_tensor(tokenizer.encode(prompt)))  # ids written as numbers get their last space
+    return tokenizer.decode(encoded(tokenizer, prompt, "prompt"))  # ids written as numbers get their last space
 
 
 def write(
@@ -233,7 +250,7 @@ def score(net: GPT | Rung, tokenizer: Tokenizer, text: str, stride: int | None =
     Raises:
         ValueError: stride is out of its range, the text has unknown characters or less than two tokens.
     """
-    ids, S, device = tokenizer.encode(text), net.config.block_size, next(net.parameters()).device
+    ids, S, device = encoded(tokenizer, text, "text"), net.config.block_size, next(net.parameters()).device
     stride = S if stride is None else stride
     if not 1 <= stride <= S:
         raise ValueError(f"stride={stride} must be between 1 and block_size={S}")

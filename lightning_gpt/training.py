@@ -7,6 +7,7 @@ from typing import Any, Literal, cast
 
 import lightning as L
 import torch
+from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import functional as F
@@ -163,6 +164,8 @@ class LanguageModel(L.LightningModule):
         for name, rate in {"learning_rate": learning_rate, "muon_lr": muon_lr}.items():
             if not 0 <= rate <= 1e30:
                 raise ValueError(f"{name}={rate} must be between 0 and 1e30; 1e-4 to 1e-1 are usual")
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"betas={betas} must be 0 or more and less than 1 each; (0.9, 0.99) is usual")
         if warmup_steps < 0:
             raise ValueError(f"warmup_steps={warmup_steps} must be 0 or more")
         if rung and compile:
@@ -376,6 +379,12 @@ class LanguageModel(L.LightningModule):
                 f"model.ema_decay={self.hparams.ema_decay} with trainer.precision={self.trainer.precision}: an average "
                 "rounded to 16 bits stops following the weights; take bf16-mixed, or --model.ema_decay 0"
             )
+        for callback in self.trainer.callbacks:
+            if isinstance(callback, (LearningRateFinder, BatchSizeFinder)):
+                raise ValueError(
+                    f"{type(callback).__name__} would change the rates or batches that the settings fix for a whole "
+                    "run: leave it out, and compare short runs with other model.learning_rate or data.batch_size"
+                )
         tokenizer = getattr(getattr(self.trainer, "datamodule", None), "tokenizer", None)
         table = None if tokenizer is None else tokenizer.characters
         self.register_buffer("characters", table, persistent=False)

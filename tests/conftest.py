@@ -120,6 +120,7 @@ for line in sys.stdin:
             continue
         file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(file, 1), os.dup2(file, 2), os.chdir(folder), os.environ.update(environment)
+        sys.stdin = open(os.devnull)  # our own lines are not for it
         if limit:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
         try:

@@ -1,6 +1,7 @@
 """Whatever happens to a run, it loses nothing that was saved, and what goes on is to the bit what would have been."""
 
 import io
+import itertools
 import os
 import pickle
 import random
@@ -11,7 +12,9 @@ import sys
 import time
 import zipfile
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
+from typing import Literal, get_args, get_origin
 
 import lightning as L
 import pytest
@@ -20,13 +23,15 @@ import yaml
 from conftest import TINY
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from jsonargparse import capture_parser
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_options import SHAPES
 
 from lightning_gpt import checkpoint, distributed
 from lightning_gpt.data import TinyShakespeare
 from lightning_gpt.distributed import end_with_the_starter, name_the_starter
 from lightning_gpt.generation import generate
-from lightning_gpt.main import main
+from lightning_gpt.main import main, types_of
 from lightning_gpt.saving import SafeIO
 
 # everything that has a state: dropout, accumulation, Muon, an average, a schedule; validations that fall between saves
@@ -501,3 +506,96 @@ def test_any_settings_train_or_are_refused(tmp_path, text_file, capsys, wanted):
 @given(st.lists(one_flag, min_size=1, max_size=4))
 def test_any_settings_train_or_are_refused_at_length(tmp_path, text_file, capsys, wanted):
     fits_or_says_why(tmp_path, text_file, capsys, wanted)
+
+
+# options whose large numbers ask for as much work, not for what can't be
+ENDLESS = "n_layer max_steps fast_dev_run renamed_copies length max_new_tokens accumulate_grad_batches".split()
+WHOLE = "0 1 2 3 7 40 -1".split()
+HUGE = "-7 10000000000000 -10000000000000 9223372036854775807 18446744073709551616".split()
+BROKEN = "0.0 1.0 0.5 0.999 1.5 -0.5 1e30 1e-300 1e300 -1e300 .nan .inf -.inf".split()
+NESTED = "[] [1] [1,2] [0.5,0.9] [[1]] {} {a:1} {class_path:Timer} [{class_path:Timer}] [null] [~,1]".split()
+STRANGE = ["\udcff", "é" * 300, "a/b", "..", ".", "/", "/dev/null/x", "Timer", "os.system", "cpu", "auto"]
+ANYTHING = [*SHAPES, *WHOLE, *BROKEN, *NESTED, *STRANGE, "null", "false", "nan", "1_0", "0x10", "1e400"]
+CALLBACKS = "RichProgressBar TQDMProgressBar RichModelSummary ModelSummary LearningRateMonitor DeviceStatsMonitor "
+CALLBACKS += "LearningRateFinder BatchSizeFinder ModelCheckpoint StochasticWeightAveraging OnExceptionCheckpoint "
+CALLBACKS += "GradientAccumulationScheduler LambdaCallback WeightAveraging EMAWeightAveraging Timer EarlyStopping"
+CALLBACKS = CALLBACKS.split()
+USUAL = {
+    "ckpt_path": ["last.ckpt"],
+    "init_from": ["last.ckpt"],
+    "corpus": ["cats.txt"],
+    "text_file": ["cats.txt"],
+    "from_": ["nanogpt:x", "safetensors:cats.txt", "hf:.", "nanogpt:", "x:y", ":"],  # no network
+    "devices": ["1", "0", "-1", "auto", "1,", "[0]", "[]", "", "x", "[1.5]", "~"],  # no other processes
+    "num_nodes": ["1", "0", "-1", "x"],
+    "callbacks": [*CALLBACKS, *(f"[{one},{two}]" for one, two in itertools.pairwise(CALLBACKS))],
+    "logger": "true false TensorBoardLogger CSVLogger WandbLogger MLFlowLogger CometLogger [CSVLogger]".split(),
+    "profiler": "simple advanced pytorch xla SimpleProfiler AdvancedProfiler PyTorchProfiler".split(),
+    "strategy": "auto ddp fsdp replicas shards deepspeed ddp_spawn ddp_fork xla single_xla dp ddp_notebook".split(),
+    "accelerator": "cpu auto gpu cuda tpu mps hpu CPUAccelerator".split(),
+    "gradient_clip_algorithm": ["norm", "value"],
+    "max_time": ["00:00:00:01", "00:00:00:00", "{seconds:1}", "{seconds:-1}", "1:2"],
+    "device": ["cpu", "auto", "cuda", "meta", "cpu:7", "mps", "vulkan"],
+    "stop": ["a", "['a','b']", "[]", "['']", "[a]"],
+}
+LINES = {
+    "fit": ["fit", *TINY, "--data.corpus=cats.txt", "--trainer.max_steps=2"],
+    "fit, resumed": ["fit", "--ckpt_path=last.ckpt", "--trainer.max_steps=6"],
+    "fit, tuned": ["fit", *TINY, "--model.init_from=last.ckpt", "--data.corpus=cats.txt", "--trainer.max_steps=2"],
+    "validate": ["validate", "--ckpt_path=last.ckpt"],
+    "test": ["test", "--ckpt_path=last.ckpt"],
+    "generate": ["generate", "--ckpt_path=last.ckpt", "--max_new_tokens=20", "--prompt=the"],
+    "score": ["score", "--ckpt_path=last.ckpt", "--text_file=cats.txt"],
+    "shrink": ["shrink", "--ckpt_path=last.ckpt"],
+    "export": ["export", "--ckpt_path=last.ckpt", "--to=safetensors"],
+    "import": ["import", "--from=nanogpt:last.ckpt", "--output=one.ckpt"],
+    "report": ["report", "."],
+}
+
+
+def value_for(action, dice):
+    """Something to try for an option: mostly of its type, and now and then anything at all."""
+    name, types = action.dest.rsplit(".", 1)[-1], types_of(action)
+    usual = list(USUAL.get(name, []))
+    if name in ("from_", "devices", "num_nodes"):
+        return dice.choice(usual)
+    usual += [str(part) for hint in types if get_origin(hint) is Literal for part in get_args(hint)]
+    usual += ["true", "false"] * (bool in types) + NESTED[2:4] * any(get_origin(hint) is tuple for hint in types)
+    usual += (WHOLE + HUGE * (name not in ENDLESS)) * (int in types) + (WHOLE + BROKEN) * (float in types)
+    return dice.choice(usual if usual and dice.random() < 0.93 else ANYTHING)
+
+
+@cache
+def options_of(command):
+    parser = capture_parser(main, [command])
+    parser = parser._subcommands_action.choices[command] if command in ("fit", "validate", "test") else parser
+    return [action for action in parser._actions if action.option_strings and hasattr(action, "_typehint")]
+
+
+def command_line(dice):
+    line = list(LINES[dice.choice([*LINES, "fit", "fit", "fit, resumed", "generate"])])
+    for action in dice.choices(options_of(line[0]), k=dice.randint(1, 4)):
+        line.append(f"{dice.choice(action.option_strings)}={value_for(action, dice)}")
+    return line
+
+
+@pytest.fixture(scope="module")
+def playground(tmp_path_factory, hard, text_file):
+    folder = tmp_path_factory.mktemp("playground")
+    shutil.copy(next(hard[1].glob("checkpoints/**/last.ckpt")), folder / "last.ckpt")
+    return folder
+
+
+@pytest.mark.parametrize("seed, times", [(1, 8), pytest.param(2, 2000, marks=pytest.mark.slow)])
+def test_any_command_line_ends_well_or_says_why(nursery, playground, text_file, seed, times):
+    dice = random.Random(seed)
+    for i in range(times):
+        folder, line = playground / str(i), command_line(dice)
+        folder.mkdir()
+        shutil.copy(playground / "last.ckpt", folder)
+        shutil.copy(text_file, folder / "cats.txt")
+        code = nursery.run(folder, *line)
+        said = nursery.log.read_text(errors="replace")
+        assert code in (0, 1, 2) and "Traceback" not in said, (line, said)
+        assert code == 0 or "lightning-gpt: error: " in said, (line, said)
+        shutil.rmtree(folder)

@@ -292,7 +292,7 @@ class Seen(HTMLParser):
 def watched(tmp_path_factory, text_file):
     """The folder of a run with some of all curves."""
     root = tmp_path_factory.mktemp("watched")
-    how = ["--trainer.log_every_n_steps=1", "--trainer.val_check_interval=2", "--sample.prompts=[<b>the]"]
+    how = ["--trainer.log_every_n_steps=1", "--trainer.val_check_interval=2", "--sample.prompts=['<b>the']"]
     corpus = root / "tags.txt"
     corpus.write_text(text_file.read_text() + "<b>")
     main(["fit", *TINY, *how, f"--data.corpus={corpus}", f"--trainer.default_root_dir={root}"])
