@@ -8,28 +8,36 @@ import sys
 import threading
 import warnings
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
-import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor
 from torch import distributed as dist
 
 from . import callbacks, checkpoint, lecture, main
 from .data import TinyShakespeare
 from .distributed import Lost, lost_another, refuse_other_numbers, several_devices
 from .main import complain, program
+from .reading import say
 from .saving import SafeIO, Save, SaveConfig, StopOnSignal, Stopped
 from .settings import (
+    as_yaml,
+    classes_of_run,
+    flag_in,
     goes_on_in_its_folder,
     named_configs,
-    plain,
     refuse_contradictions,
     refuse_nonsense,
+    refuse_unfit_optimizer,
+    refuse_unlike,
     settings_of_run,
     settings_of_weights,
+    take_up_again,
 )
 from .speak import generate
 from .tokenizer import CharTokenizer
@@ -54,6 +62,12 @@ class Parser(LightningArgumentParser):
 
     error = main.Parser.error
 
+    def _check_value_key(self, action, value, key, cfg, append=False):
+        """A config's text is text already; jsonargparse would read it once more as YAML, where # and ~ are null."""
+        if isinstance(value, str) and getattr(action, "_typehint", None) in (str, str | None):
+            return value
+        return super()._check_value_key(action, value, key, cfg, append)
+
 
 class CLI(LightningCLI):
     """LightningCLI with a name for the run and a checkpoint's own settings."""
@@ -61,6 +75,7 @@ class CLI(LightningCLI):
     run_folder: Path | None = None  # of the run that goes on in it
     start_step = 0
     saver: Save | None = None
+    state: dict[str, Any] | None = None  # of the run that goes on: its loops, and what its optimizer's state looks like
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -82,6 +97,8 @@ class CLI(LightningCLI):
     def parse_arguments(self, parser, args) -> None:
         self.config = parser.parse_args(args)
         command = self.config.subcommand
+        if self.config[command].ckpt_path is None:  # a run's own config says null, after the flag too
+            self.config[command].ckpt_path = flag_in(args, "--ckpt_path")
         if command in ("validate", "test") or (command == "fit" and self.config.fit.ckpt_path):
             self.start_from_checkpoint(parser, args, command)
         elif command == "fit" and self.config.fit.model.init_from:
@@ -96,15 +113,35 @@ class CLI(LightningCLI):
         saved = checkpoint.read(path)
         if command == "fit" and "optimizer_states" not in saved:
             raise ValueError(f"{path} has weights and no run to go on with: start from them with --model.init_from")
-        settings = settings_of_run(saved, command)
+        try:
+            settings = settings_of_run(saved, command)
+        except ValueError as error:
+            raise ValueError(f"the checkpoint {path} is of no run that can be taken up: {error}") from None
+        own: dict[str, Any] = {}
+        lost: list[str] = []
+        if command == "fit":
+            own, lost = classes_of_run(path, saved, self.config.fit.trainer.default_root_dir)
         # the checkpoint's settings come first, so that configs and flags win over them ...
-        at = args.index(command) + 1
-        as_config = yaml.safe_dump(plain(settings))
-        self.config = parser.parse_args([*args[:at], f"--config={as_config}", *args[at:], f"--ckpt_path={path}"])
+        at, first = args.index(command) + 1, settings | {"trainer": settings["trainer"] | own}
+        self.config = parser.parse_args([*args[:at], f"--config={as_yaml(first)}", *args[at:], f"--ckpt_path={path}"])
+        config = self.config[command]
+        take_up_again(config, settings)
+        if config.data.unknown == "extend" == saved["datamodule_hyper_parameters"].get("unknown"):
+            config.data.unknown = "error"  # the vocabulary has been extended
         # ... and where that must not be, the difference shows
-        refuse_contradictions(command, self.config[command], settings, path)
+        refuse_contradictions(command, config, settings, path)
+        if command == "fit" and (lost := [name for name in lost if config.trainer[name] in (None, "auto")]):
+            say(
+                f"the run had trainer.{' and trainer.'.join(lost)} of its own, which no checkpoint brings along: "
+                "give --config with the config.yaml of its folder to have that again"
+            )
+        if command == "fit" and settings["model"].get("ema_decay") and not config.model.ema_decay:
+            say("model.ema_decay=0: training goes on from the weights themselves, and the average is dropped")
+        self.state = {"loops": saved.get("loops")}
         if command == "fit":
             self.start_step = saved["global_step"]
+            without_numbers = apply_to_collection(saved["optimizer_states"], Tensor, lambda t: t.to("meta"))
+            self.state |= {"optimizer_states": without_numbers, "lr_schedulers": saved.get("lr_schedulers")}
             if goes_on_in_its_folder(self.config.fit, settings, path):
                 self.run_folder = path.absolute().parents[1]
         if command == "fit" and saved["global_step"] >= (steps := self.config.fit.trainer.max_steps):
@@ -116,15 +153,17 @@ class CLI(LightningCLI):
     def start_from_weights(self, parser, args: list[str]) -> None:
         path = checkpoint.find(self.config.fit.model.init_from)
         settings = settings_of_weights(checkpoint.read(path))
-        as_config = yaml.safe_dump(plain(settings))
-        self.config = parser.parse_args(["fit", f"--config={as_config}", *args[1:], f"--model.init_from={path}"])
+        self.config = parser.parse_args(
+            ["fit", f"--config={as_yaml(settings)}", *args[1:], f"--model.init_from={path}"]
+        )
+        take_up_again(self.config.fit, settings)
         settings["model"]["block_size"] = min(settings["model"]["block_size"], self.config.fit.model.block_size)
         refuse_contradictions("fit", self.config.fit, settings, path)
 
     def start_from_rung(self, parser, args: list[str], rung: str) -> None:
         """What the rung has no choice of comes first: where it differs then, it was given, and config.yaml is right."""
         fixed = lecture.RUNGS[rung].fixed
-        self.config = parser.parse_args(["fit", f"--config={yaml.safe_dump({'model': fixed})}", *args[1:]])
+        self.config = parser.parse_args(["fit", f"--config={as_yaml({'model': fixed})}", *args[1:]])
         lecture.refuse_lacking(rung, {name: self.config.fit.model[name] for name in fixed})
 
     def _parse_ckpt_path(self) -> None:
@@ -162,6 +201,11 @@ class CLI(LightningCLI):
         kwargs["callbacks"] = watchers + list(self.config_init[self.config.subcommand].trainer.callbacks or [])
         try:
             trainer = super().instantiate_trainer(**kwargs)
+        except ModuleNotFoundError as error:  # of a precision, strategy or logger whose package is not here
+            raise ValueError(
+                f"trainer.precision={given.precision} with trainer.strategy={given.strategy}: "
+                f"{' '.join(str(error).split())}"
+            ) from None
         except MisconfigurationException as error:
             if not any(word in str(error).lower() for word in ("accelerator", "backend", "machine only has")):
                 raise
@@ -171,6 +215,28 @@ class CLI(LightningCLI):
             ) from None
         refuse_other_numbers(trainer)
         return trainer
+
+    def refuse_unfit_state(self, state: dict[str, Any], subcommand: str) -> None:
+        """Raises ValueError if Lightning could not take up where the checkpoint says that it was."""
+        loop = f"{subcommand}_loop"
+        try:
+            loops = state["loops"]
+            if subcommand == "fit" or loops is not None:
+                fresh = {loop: getattr(self.trainer, loop).state_dict()}
+                refuse_unlike({loop: loops[loop]} if isinstance(loops, dict) and loop in loops else {}, fresh, "loops")
+            if subcommand == "fit":
+                if not isinstance(state["lr_schedulers"], list):
+                    raise ValueError("it has no lr_schedulers")
+                progress = loops[loop]["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]
+                if (steps := progress["total"]["completed"]) != self.start_step:
+                    raise ValueError(f"its optimizer has taken {steps} steps, and the file says {self.start_step}")
+                refuse_unfit_optimizer(state["optimizer_states"], self.model.parameter_groups())
+        except ValueError as error:
+            path = self.config[subcommand].ckpt_path
+            raise ValueError(
+                f"training can't go on from the checkpoint {path}: {error}. Its weights are there to start from, with "
+                "--model.init_from"
+            ) from None
 
     def before_fit(self) -> None:
         self.datamodule.refuse_unequal_shares(self.trainer.world_size)  # here, before Lightning starts the others
@@ -210,6 +276,8 @@ class CLI(LightningCLI):
         print(f"\nNext:\n  {me} generate{prompt}\n  {me} validate --ckpt_path {path}")
 
     def _run_subcommand(self, subcommand: str) -> None:
+        if self.state:
+            self.refuse_unfit_state(self.state, subcommand)
         try:
             super()._run_subcommand(subcommand)
         except Exception as error:

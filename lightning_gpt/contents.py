@@ -38,7 +38,12 @@ KINDS = ("char", "byte", "bpe", "gpt2", "ids", None)
 
 
 def short(value: Any) -> str:
-    return repr(value) if isinstance(value, (bool, int, float, type(None))) else f"{str(value)[:40]!r}"
+    """A value for a message, never looked through: it may have no end."""
+    if isinstance(value, int) and abs(value) > LARGEST**2:
+        return f"a number of {value.bit_length()} bits"
+    if isinstance(value, (bool, int, float, str, type(None))):
+        return repr(value[:40] if isinstance(value, str) else value)
+    return f"a {type(value).__name__}"
 
 
 def refuse_bombs(data: bytes) -> None:
@@ -87,7 +92,7 @@ def refuse_odd(saved: Any, size: int) -> None:
 
 
 def is_number(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value) and abs(value) <= LARGEST
+    return type(value) is float and math.isfinite(value) or type(value) is int and abs(value) <= LARGEST
 
 
 def fits_type(value: Any, kind: Any) -> bool:

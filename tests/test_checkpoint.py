@@ -1,17 +1,36 @@
 """A checkpoint is a stranger's file: well-formed or not, it runs no code, hangs nothing and ends in one sentence."""
 
 import io
+import itertools
 import math
+import random
+import re
+import shutil
 import struct
 import warnings
 import zipfile
 from copy import deepcopy
+from pathlib import Path
 
+import lightning as L
 import pytest
 import torch
+import yaml
+from conftest import TINY
 
-from lightning_gpt import checkpoint
+from lightning_gpt import checkpoint, cli
+from lightning_gpt.main import main
+from lightning_gpt.settings import (
+    FROM_TRAINER,
+    as_yaml,
+    classes_of_run,
+    is_plain,
+    refuse_unfit_optimizer,
+    refuse_unlike,
+    settings_of_run,
+)
 from lightning_gpt.tokenizer import BPETokenizer
+from lightning_gpt.training import LanguageModel
 
 
 @pytest.fixture
@@ -78,7 +97,7 @@ def quantized(w):
         (("scales",), {"net.wte.weight": torch.ones(3)}, "not one number for each row"),
         (("scales",), ["net.wte.weight"], "not one number for each row"),
         (("global_step",), -1, "global_step is -1"),
-        (("epoch",), [0], "epoch is '[0]'"),
+        (("epoch",), [0], "epoch is a list"),
         (("val_loss",), "low", "val_loss is 'low'"),
         (("config",), {"trainer": {}}, "the config is no text"),
         (("pytorch-lightning_version",), ..., "pytorch-lightning_version is None"),
@@ -143,3 +162,278 @@ def test_a_tied_net_and_byte_pairs_are_what_they_say(saved, tmp_path):
     checkpoint.write(tied, tmp_path / "x.ckpt")
     net, tokenizer = checkpoint.load(tmp_path / "x.ckpt")
     assert net.lm_head.weight is net.wte.weight and len(tokenizer) == 264
+
+
+# --- what a file says of its run --------------------------------------------------------------------------------------
+
+EVIL = [{"class_path": "evil.Evil"}]
+SAVER = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": {"dirpath": "elsewhere"}}
+
+
+@pytest.fixture
+def hostile(saved, tmp_path, monkeypatch):
+    """Writes a checkpoint whose config is changed, in a folder where a module waits to be imported."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "evil.py").write_text("from lightning import Callback\nopen('bomb', 'w')\nclass Evil(Callback): ...")
+
+    def hostile(change):
+        config = yaml.safe_load(saved["config"])
+        checkpoint.write(
+            saved | {"config": change if isinstance(change, str) else yaml.safe_dump(change(config))}, "x.ckpt"
+        )
+        return checkpoint.read("x.ckpt")
+
+    return hostile
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("callbacks", EVIL),
+        ("callbacks+", EVIL),
+        ("callbacks.class_path", "evil.Evil"),
+        ("callbacks+", SAVER),
+        ("plugins+", EVIL),
+        ("plugins", "evil.Evil"),
+        ("logger+", EVIL),
+        ("logger.class_path", "evil.Evil"),
+        ("logger", "evil.Evil"),
+        ("profiler", {"class_path": "evil.Evil"}),
+        ("profiler", "advanced"),
+        ("strategy", "evil.Evil"),
+        ("strategy", EVIL[0]),
+        ("accelerator", EVIL),
+        ("default_root_dir", "elsewhere"),
+        ("barebones", True),
+        ("evil.Evil", 1),
+        (7, EVIL),
+    ],
+    ids=str,
+)
+def test_no_setting_in_a_checkpoint_names_a_class_or_a_place(hostile, key, value):
+    saved = hostile(lambda config: config | {"trainer": config["trainer"] | {key: value}})
+    for command in "fit", "validate":
+        trainer = settings_of_run(saved, command)["trainer"]
+        assert set(trainer) <= FROM_TRAINER and all(map(is_plain, trainer.values()))
+    assert classes_of_run(Path("x.ckpt"), saved, ".")[0] == {}
+
+
+def test_classes_in_a_checkpoint_are_not_imported_and_that_is_said(hostile, capsys):
+    keys = "callbacks+", "callbacks.class_path", "plugins+", "logger+"
+    hostile(lambda config: config | {"trainer": config["trainer"] | {key: deepcopy(EVIL) for key in keys}})
+    capsys.readouterr()
+    main(["fit", "--ckpt_path=x.ckpt", "--trainer.max_steps=6"])
+    assert not Path("bomb").exists() and not Path("elsewhere").exists()
+    assert capsys.readouterr().err.startswith("lightning-gpt: the run had trainer.callbacks and trainer.logger and ")
+
+
+BOMB = "a: &a [1, 1]\n" + "".join(
+    f"{b}: &{b} [*{a}, *{a}]\n" for a, b in itertools.pairwise("abcdefghijklmnopqrstuvwxyz")
+)
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        (BOMB, "aliases"),
+        ("trainer: " + "[" * 5000, "more in it than a config has"),
+        ("trainer: [" + "1," * 20_000 + "]", "more in it than a config has"),
+        ("trainer:\n  max_steps: " + "1:" * 20_000 + "1", "more in it than a config has"),
+        ("trainer: {max_steps: " + "9" * 5000 + "}", "can't be read"),
+        ("trainer: {max_steps: [", "can't be read"),
+        ("a: &a {b: 1}\nc: {<<: *a}", "more in it than a config has"),
+        ("trainer:\n  max_steps: " + "1:" * 9_000 + "1", "its trainer.max_steps is a number of"),
+        ("trainer: !!python/object/apply:os.system [touch bomb]", "can't be read"),
+        ("- a\n- b", "it is a list"),
+        ("trainer: 5", "its trainer is a int"),
+        ("sample: [5]", "its sample is a list"),
+        ("sample: {prompts: [5]}", "its sample.prompts is a list"),
+        ("trainer: {max_steps: evil.Evil}", "its trainer.max_steps is 'evil.Evil'"),
+        ("trainer: {max_steps: 2020-01-01}", "its trainer.max_steps"),
+        ("trainer: {max_steps: .nan}", "its trainer.max_steps"),
+    ],
+    ids=lambda text: text[:30],
+)
+def test_a_config_text_that_is_none_is_refused_in_a_moment(hostile, fails, config, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        settings_of_run(hostile(config), "fit")
+    if config in (BOMB, "- a\n- b"):
+        for command in "fit", "validate":
+            assert message in fails(command, "--ckpt_path=x.ckpt")
+    assert not Path("bomb").exists()
+
+
+def test_a_setting_that_no_class_here_has_is_refused(saved):
+    saved[MODEL]["callbacks"] = 3
+    with pytest.raises(ValueError, match="unknown here: callbacks"):
+        settings_of_run(saved, "fit")
+
+
+STATE = "optimizer_states", 0
+IN_GROUP = *STATE, "param_groups", 0
+IN_LOOP = "loops", "fit_loop"
+
+
+@pytest.mark.parametrize(
+    "path, value, message",
+    [
+        (("loops",), {}, "loops.fit_loop is missing"),
+        ((*IN_LOOP, "epoch_progress", "total"), 7, "loops.fit_loop.epoch_progress.total.ready is missing"),
+        ((*IN_LOOP, "epoch_progress", "total", "ready"), -1, "loops.fit_loop.epoch_progress.total.ready is -1"),
+        ((*IN_LOOP, "epoch_progress", "total", "ready"), "1", "loops.fit_loop.epoch_progress.total.ready is '1'"),
+        ((*IN_LOOP, "state_dict"), {"combined_loader": 3}, "loops.fit_loop.state_dict is not empty"),
+        (("optimizer_states",), {}, "no state of one optimizer"),
+        ((*STATE, "param_groups"), [], "has not the 2 groups"),
+        ((*IN_GROUP, "params"), [0], "has not the 7 parameters"),
+        ((*IN_GROUP, "params"), [0] * 7, "not numbered each by its own"),
+        ((*IN_GROUP, "params"), [[]] * 7, "not numbered each by its own"),
+        ((*IN_GROUP, "eps"), "small", "its optimizer has eps='small'"),
+        ((*IN_GROUP, "amsgrad"), True, "none that this package makes"),
+        ((*IN_GROUP, "fused"), "yes", "none that this package makes"),
+        ((*STATE, "state", 0, "exp_avg"), torch.zeros(3), "exp_avg has not the shape (32, 16)"),
+        ((*STATE, "state", 0, "exp_avg"), "none", "exp_avg has not the shape (32, 16)"),
+        ((*STATE, "state", 0), {"momentum_buffer": torch.zeros(32, 16)}, "has not exp_avg, exp_avg_sq, step"),
+        ((*STATE, "state", 99), {}, "parameters that are not there"),
+    ],
+    ids=str,
+)
+def test_a_state_that_training_can_not_go_on_from_is_refused(saved, path, value, message):
+    loops, groups = deepcopy(saved["loops"]), LanguageModel(**saved[MODEL]).parameter_groups()
+    put(saved, path, value)
+    with pytest.raises(ValueError) as error:
+        refuse_unlike(saved["loops"], loops, "loops")
+        refuse_unfit_optimizer(saved["optimizer_states"], groups)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "path, value, message",
+    [
+        (("loops",), ..., "loops.fit_loop is missing"),
+        (("global_step",), 3, "its optimizer has taken 5 steps, and the file says 3"),
+        (("lr_schedulers",), ..., "no lr_schedulers"),
+    ],
+    ids=str,
+)
+def test_a_resumed_run_is_refused_before_it_starts(saved, tmp_path, fails, path, value, message):
+    put(saved, path, value)
+    checkpoint.write(saved, tmp_path / "x.ckpt")
+    where = f"--trainer.default_root_dir={tmp_path}"
+    told = fails("fit", f"--ckpt_path={tmp_path}/x.ckpt", "--trainer.max_steps=6", where)
+    assert message in told and "--model.init_from" in told and not list(tmp_path.rglob("last.ckpt"))
+
+
+# --- what a checkpoint brings along is taken to the letter ------------------------------------------------------------
+
+
+TEXTS = ["#.$*@ \n", "~", "1e3", "yes", "no", "{}", "[]", "0x1", "- a", "a: b", "!y", "&a", "*a", "'a'", '"a"', "|\n"]
+TEXTS += [
+    "null",
+    "2020-01-01",
+    "12:30:00",
+    "# #\n## ##",
+    "",
+    " ",
+    "key: [a",
+    "\ufeff\x85\u2028\x07é😀",
+    ".5",
+    "1_0",
+    "=",
+]
+
+
+def test_every_text_reaches_a_config_as_it_was(tmp_path):
+    parser = cli.Parser()
+    parser.add_argument("--text", type=str | None)
+    parser.add_argument("--config", action="config")
+    for text in TEXTS:
+        assert parser.parse_args([f"--config={as_yaml({'text': text})}"]).text == text
+
+
+@pytest.mark.parametrize("words", ["#.$*@ \n", "~"])
+def test_a_vocabulary_of_any_shape_trains_is_validated_goes_on_and_is_fine_tuned(tmp_path, words, capsys):
+    dice = random.Random(0)
+    (tmp_path / "text").write_text("".join(dice.choice(words) for _ in range(400)))
+    where = [f"--data.corpus={tmp_path}/text", f"--trainer.default_root_dir={tmp_path}", "--sample.length=0"]
+    main(["fit", *TINY, *where, "--trainer.max_steps=1"])
+    last = tmp_path / "tiny" / "version_0" / "checkpoints" / "last.ckpt"
+    main(["validate", f"--ckpt_path={last}"])
+    main(["fit", f"--ckpt_path={last}", where[1], "--trainer.max_steps=2"])
+    main(["fit", *TINY, *where, "--trainer.max_steps=1", f"--model.init_from={last}"])
+    both = [checkpoint.read(file)[DATA]["vocabulary"] for file in tmp_path.rglob("last.ckpt")]
+    assert both == ["".join(sorted(words))] * 2 and "val/loss" in capsys.readouterr().out
+
+
+# --- going on ---------------------------------------------------------------------------------------------------------
+
+
+class Mine(L.Callback):
+    def on_train_start(self, trainer, *_):
+        print(f"mine since {trainer.global_step}")
+
+
+def test_a_runs_own_callbacks_come_back_from_its_config_file_and_else_are_said_to_be_gone(run, tmp_path, capsys):
+    folder = Path(shutil.copytree(run, tmp_path / "tiny" / "version_0"))
+    own, last = folder / "config.yaml", folder / "checkpoints" / "last.ckpt"
+    config = yaml.safe_load(own.read_text())
+    config["trainer"] |= {"callbacks": [{"class_path": f"{__name__}.Mine"}], "default_root_dir": str(tmp_path)}
+    own.write_text(yaml.safe_dump(config))
+    saved = checkpoint.read(last)
+    checkpoint.write(saved | {"config": own.read_text()}, last)
+    shutil.copy(last, tmp_path / "copy.ckpt")
+    capsys.readouterr()
+    more = [f"--trainer.default_root_dir={tmp_path}", "--sample.length=0", "--trainer.max_steps"]
+    main(["fit", f"--ckpt_path={last}", *more, "6"])
+    told = capsys.readouterr()
+    assert "mine since 5" in told.out and "brings along" not in told.err
+    main(["fit", f"--ckpt_path={tmp_path}/copy.ckpt", *more, "6"])
+    told = capsys.readouterr()
+    assert "mine since" not in told.out and "the run had trainer.callbacks of its own" in told.err
+    main(["fit", f"--ckpt_path={last}", f"--config={own}", *more, "7"])  # Lightning's own idiom
+    main(["validate", f"--config={own}", f"--ckpt_path={last}"])
+    told = capsys.readouterr()
+    assert "mine since 6" in told.out and "val/loss" in told.out and "brings along" not in told.err
+    assert checkpoint.read(last)["global_step"] == 7
+
+
+def test_an_average_starts_from_the_weights_and_ends_when_a_run_goes_on(run, tmp_path, capsys):
+    last, more = run / "checkpoints" / "last.ckpt", ["--sample.length=0", "--model.learning_rate=0"]
+    with_average = ["--model.ema_decay=0.9", "--trainer.max_steps=6", f"--trainer.default_root_dir={tmp_path}/a"]
+    main(["fit", f"--ckpt_path={last}", *with_average, *more])
+    (averaged,) = (tmp_path / "a").rglob("last.ckpt")
+    weights, first = checkpoint.read(averaged)["state_dict"], checkpoint.read(last)["state_dict"]
+    assert all(torch.equal(weights[f"{net}.{name[4:]}"], w) for name, w in first.items() for net in ("net", "average"))
+    capsys.readouterr()
+    without = ["--model.ema_decay=0", "--trainer.max_steps=7", f"--trainer.default_root_dir={tmp_path}/b"]
+    main(["fit", f"--ckpt_path={averaged}", *without, *more])
+    assert "the average is dropped" in capsys.readouterr().err
+    (plain,) = (tmp_path / "b").rglob("last.ckpt")
+    assert checkpoint.read(plain)["state_dict"].keys() == first.keys()
+
+
+@pytest.mark.parametrize(
+    "flag, message",
+    [
+        ("--data.unknown=replace", "data.unknown=replace needs a token for the unknown"),
+        ("--model.optimizer=muon", "model.optimizer=muon contradicts the checkpoint"),
+        ("--trainer.precision=transformer-engine", "trainer.precision=transformer-engine"),
+    ],
+)
+def test_what_a_resumed_run_can_not_change_is_said_in_one_sentence(run, tmp_path, fails, flag, message):
+    last = run / "checkpoints" / "last.ckpt"
+    assert message in fails("fit", f"--ckpt_path={last}", flag, "--trainer.max_steps=6")
+    if "data" in flag:
+        assert message in fails("validate", f"--ckpt_path={last}", flag)
+
+
+def test_lightning_loads_it_without_a_trainer_and_from_one_byte_a_weight(run, tmp_path):
+    net, _ = checkpoint.load(last := run / "checkpoints" / "last.ckpt")
+    lm = LanguageModel.load_from_checkpoint(last)
+    assert all(torch.equal(w, lm.net.state_dict()[name]) for name, w in net.state_dict().items())
+    checkpoint.shrink(str(last), str(tmp_path / "small.ckpt"))
+    (small, _), lm = (
+        checkpoint.load(tmp_path / "small.ckpt"),
+        LanguageModel.load_from_checkpoint(tmp_path / "small.ckpt"),
+    )
+    assert all(torch.equal(w, lm.net.state_dict()[name]) for name, w in small.state_dict().items())

@@ -333,7 +333,7 @@ def test_a_curve_that_goes_on_from_an_older_save_has_every_step_once(tmp_path, t
             root=tmp_path,
         )
     (run,) = tmp_path.glob("tiny/version_*")
-    resume(run, "--trainer.max_steps=9")
+    resume(run, "--trainer.max_steps=9", "--trainer.callbacks=null")
     board = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
     assert [event.step for event in board.Scalars("train/loss")] == list(range(9))  # and no step twice
 
