@@ -48,6 +48,13 @@ def newest_first(files: Iterable[Path]) -> list[Path]:
     return sorted((file for file in files if file.is_file()), key=lambda file: file.stat().st_mtime, reverse=True)
 
 
+def refuse_special(path: Path) -> None:
+    """Raises OSError if something is there that is no regular file: a device or a pipe must not become one."""
+    if path.exists() and not path.is_file():
+        what = "a folder" if path.is_dir() else "a device or a pipe"
+        raise OSError(f"{path} can't be written: it is {what}, not a file")
+
+
 def write(saved: dict, path: str | Path) -> None:
     """Save so that under `path` there is a whole file at any moment: the one before, or this one.
 
@@ -56,7 +63,8 @@ def write(saved: dict, path: str | Path) -> None:
     Raises:
         OSError: it can't be written, or does not read back as it was written; what was there before still is.
     """
-    buffer, path = io.BytesIO(), Path(path)
+    buffer, path = io.BytesIO(), Path(os.path.realpath(path))  # a link stays one
+    refuse_special(path)
     torch.save(saved | {"format": SHRUNK if "scales" in saved else FORMAT}, buffer)
     with buffer.getbuffer() as archive:
         archive[-2:] = SEAL_SIZE.to_bytes(2, "little")  # an archive ends with the length of its comment
@@ -198,6 +206,7 @@ def shrink(ckpt_path: str = "best", output: str = "small.ckpt") -> None:
         output: the file to write.
     """
     path = find(ckpt_path)
+    refuse_special(Path(output))
     saved = read(path)
     prefix = "average." if saved["hyper_parameters"].get("ema_decay") else "net."
     weights, scales = {}, {}
