@@ -7,8 +7,11 @@ import random
 import re
 import shutil
 import struct
+import time
 import warnings
 import zipfile
+from collections import Counter
+from contextlib import suppress
 from copy import deepcopy
 from pathlib import Path
 
@@ -19,12 +22,17 @@ import yaml
 from conftest import TINY
 
 from lightning_gpt import checkpoint, cli
+from lightning_gpt.contents import FLOATS
+from lightning_gpt.data import TinyShakespeare
+from lightning_gpt.generation import generate
 from lightning_gpt.main import main
 from lightning_gpt.settings import (
     FROM_TRAINER,
     as_yaml,
     classes_of_run,
     is_plain,
+    names_classes,
+    plain,
     refuse_unfit_optimizer,
     refuse_unlike,
     settings_of_run,
@@ -437,3 +445,148 @@ def test_lightning_loads_it_without_a_trainer_and_from_one_byte_a_weight(run, tm
         LanguageModel.load_from_checkpoint(tmp_path / "small.ckpt"),
     )
     assert all(torch.equal(w, lm.net.state_dict()[name]) for name, w in small.state_dict().items())
+
+
+# --- any file at all --------------------------------------------------------------------------------------------------
+
+SCALARS = [None, True, False, 0, 1, -1, 7, 2**31, 2**53 + 1, 2**62, -(2**62), 0.0, 0.5, -1.5, 1e300, math.inf, math.nan]
+SCALARS += ["", "a", "null", "~", "# a", "evil.Evil", "../../out", "/dev/zero", "a" * 5000, "\0", "é😀", "[" * 300]
+EVILS = [EVIL, EVIL[0], SAVER, {"class_path": "os.system", "init_args": {"command": "touch bomb"}}]
+NO_CONFIGS = [BOMB, "- a", "{", "\0", "a: " + "[" * 9999, "trainer: {plugins+: !!python/name:os.a }", "é" * 10**6]
+SHAPES, TYPES = [(), (0,), (1,), (16,), (32, 16), (3, 4, 5)], [*FLOATS, torch.int64, torch.bool]
+
+
+def some_value(dice, depth=0):
+    """A value of any type, size and nesting that a pickle of plain data can hold."""
+    kind = dice.randrange(14 if depth < 4 else 6)
+    if kind < 6:
+        return dice.choice(SCALARS)
+    if kind < 8:
+        return [some_value(dice, depth + 1) for _ in range(dice.randrange(4))]
+    if kind < 10:
+        return {dice.choice([*"abc", *SCALARS[:9]]): some_value(dice, depth + 1) for _ in range(dice.randrange(4))}
+    if kind == 10:
+        return tuple(some_value(dice, depth + 1) for _ in range(3))
+    if kind == 11:
+        return deepcopy(dice.choice(EVILS))
+    if kind == 12:
+        w = torch.zeros(dice.choice(SHAPES), dtype=dice.choice(TYPES))
+        return dice.choice([w, w + 1, w.to_sparse() if w.dim() else w, w.to("meta"), w.expand(7, *w.shape), w / 0])
+    deep = some_value(dice, depth + 1)
+    for _ in range(dice.choice([3, 30, 300])):
+        deep = [deep, deep] if dice.random() < 0.5 else {"a": deep}
+    return deep
+
+
+def places(value, path=()):
+    """The ways to all that is in a checkpoint."""
+    if path:
+        yield path
+    if isinstance(value, (dict, list)):
+        for key in value if isinstance(value, dict) else range(len(value)):
+            yield from places(value[key], (*path, key))
+
+
+def crafted(saved, config, dice):
+    """A checkpoint some of whose fields, or whose config text, is anything at all."""
+    ways, saved, config = list(places(saved)), deepcopy(saved), deepcopy(config)
+    for _ in range(dice.choice([1, 1, 1, 2, 5])):
+        if dice.random() < 0.4:
+            parts = [part for part in (config, *config.values(), *[config["trainer"]] * 3) if type(part) is dict]
+            part, end = dice.choice(parts), dice.choice(["", "", "", "+", ".class_path", ".init_args"])
+            part[dice.choice([*part, "callbacks", "plugins", "logger", "profiler"]) + end] = some_value(dice)
+            continue
+        top = dice.choice([*saved, MODEL, DATA, MODEL, DATA, "state_dict"])
+        path = dice.choice([path for path in ways if path[0] == top] or [("more",)])
+        path = dice.choice([path, path, (*path[:-1], "more")])
+        with suppress(KeyError, IndexError, TypeError):  # what was there is something else by now
+            put(saved, path, ... if dice.random() < 0.15 else some_value(dice))
+    if isinstance(saved.get("config"), str):
+        try:
+            saved["config"] = yaml.safe_dump(config) if dice.random() < 0.95 else dice.choice(NO_CONFIGS)
+        except (yaml.YAMLError, RecursionError, TypeError):  # a tensor, or too deep
+            saved["config"] = dice.choice(NO_CONFIGS)
+    return saved
+
+
+@pytest.fixture(scope="module")
+def parser():
+    """The part of the command line that reads a checkpoint's settings."""
+    parser = cli.Parser()
+    parser.add_argument("--config", action="config")
+    for made_of, name in (L.Trainer, "trainer"), (LanguageModel, "model"), (TinyShakespeare, "data"):
+        parser.add_lightning_class_args(made_of, name)
+    return parser
+
+
+def refuses_or_takes(path, parser, capsys):
+    """Read a file as each command does, up to where Lightning starts; it ends with one sentence, if it does not fit."""
+    try:
+        net, tokenizer = checkpoint.load(path)
+        saved = checkpoint.read_strictly(path)
+        tokenizer.decode(generate(net, torch.zeros(1, 1, dtype=torch.int64), 2)[0])
+        for command in "fit", "validate":
+            settings = settings_of_run(saved, command)
+            trainer = settings["trainer"]
+            assert set(trainer) <= FROM_TRAINER and not any(names_classes(key, trainer[key]) for key in trainer)
+            assert yaml.safe_load(as_yaml(settings)) == plain(settings)
+            config = parser.parse_args(
+                [f"--config={as_yaml({key: settings[key] for key in ('trainer', 'model', 'data')})}"]
+            )
+            lm = LanguageModel(**config.model)
+        assert classes_of_run(path, saved, ".")[0] == {}
+        if "optimizer_states" in saved:
+            refuse_unfit_optimizer(saved["optimizer_states"], lm.parameter_groups())
+            refuse_unlike(saved.get("loops"), saved.get("loops"), "loops")
+    except ValueError as error:
+        assert "\n" not in str(error) and len(str(error)) < 1000
+        return str(error)
+    except SystemExit as stop:
+        assert stop.code == 2
+        return capsys.readouterr().err.strip()
+    return ""
+
+
+@pytest.mark.parametrize("times", [25, pytest.param(1000, marks=pytest.mark.slow)])
+def test_a_crafted_file_runs_no_code_and_is_taken_or_refused_in_a_moment(
+    saved, tmp_path, monkeypatch, parser, capsys, times
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "evil.py").write_text("open('bomb', 'w')\nclass Evil: ...")
+    path, config, outcomes, slowest = tmp_path / "x.ckpt", yaml.safe_load(saved["config"]), Counter(), 0.0
+    for seed in range(times):
+        try:
+            checkpoint.write(crafted(saved, config, random.Random(seed)), path)
+        except RecursionError:  # no pickle holds it
+            continue
+        since = time.perf_counter()
+        outcomes[re.sub("[^a-z ]+", "", refuses_or_takes(path, parser, capsys).split(": ")[-1])[:40]] += 1
+        slowest = max(slowest, time.perf_counter() - since)
+        assert slowest < 20, seed
+    assert {file.name for file in tmp_path.iterdir()} <= {"evil.py", "x.ckpt", "__pycache__"}
+    assert 0.05 * times < outcomes[""] < 0.9 * times  # both ends are met
+    print(f"\n{outcomes.total()} files, slowest {slowest:.2f} s", *outcomes.most_common(), sep="\n")
+
+
+@pytest.mark.slow
+def test_a_crafted_file_is_taken_or_refused_by_each_command(saved, nursery, tmp_path):
+    (tmp_path / "evil.py").write_text("open('bomb', 'w')\nclass Evil: ...")
+    quick = ["--sample.length=0", "--trainer.max_steps=6", "--trainer.max_time=00:00:00:20"]
+    path, config, corpus = tmp_path / "x.ckpt", yaml.safe_load(saved["config"]), saved[DATA]["corpus"]
+    for seed in range(50):
+        checkpoint.write(crafted(saved, config, random.Random(10_000 + seed)), path)
+        for command in (
+            ["fit", f"--ckpt_path={path}", *quick],
+            ["fit", *TINY, f"--model.init_from={path}", f"--data.corpus={corpus}", *quick],
+            ["validate", f"--ckpt_path={path}"],
+            ["generate", f"--ckpt_path={path}", "--max_new_tokens=2"],
+            ["score", f"--ckpt_path={path}", f"--text_file={corpus}"],
+            ["shrink", f"--ckpt_path={path}", "--output=small.ckpt"],
+            ["export", "--to=safetensors", f"--ckpt_path={path}", "--output=x.safetensors"],
+        ):
+            code = nursery.run(tmp_path, *command)
+            told = nursery.log.read_text() if nursery.log.exists() else ""
+            assert code in (0, 1, 2) and "Traceback" not in told, (seed, command, told[-2000:])
+            nursery.log.unlink(missing_ok=True)
+    assert not (tmp_path / "bomb").exists() and not (tmp_path / "elsewhere").exists()
