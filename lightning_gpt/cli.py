@@ -32,6 +32,7 @@ from .settings import (
     goes_on_in_its_folder,
     named_configs,
     refuse_contradictions,
+    refuse_devices,
     refuse_nonsense,
     refuse_unfit_optimizer,
     refuse_unlike,
@@ -130,6 +131,7 @@ class CLI(LightningCLI):
             config.data.unknown = "error"  # the vocabulary has been extended
         # ... and where that must not be, the difference shows
         refuse_contradictions(command, config, settings, path)
+        refuse_devices(config.data, settings)
         if command == "fit" and (lost := [name for name in lost if config.trainer[name] in (None, "auto")]):
             say(
                 f"the run had trainer.{' and trainer.'.join(lost)} of its own, which no checkpoint brings along: "

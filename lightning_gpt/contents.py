@@ -21,7 +21,8 @@ from .tokenizer import rebuild
 
 MOST_VALUES, DEEPEST = 300_000, 50  # of all that is in a file, and how deeply it may be nested
 MOST_OPERATIONS = 2_000_000  # of the pickle in it; a thousand blocks with Adam's moments take most of them
-MOST_TEXT = 2**24  # characters of its config, and of its vocabulary
+MOST_TEXT = 2**24  # characters of its config, and of each of its texts
+MOST_COPIES = 1000  # of the training text with other names, which are made before training
 LARGEST = 2**53  # of a whole number; a float still tells it from its neighbours
 VERSION = "pytorch-lightning_version"  # of who saved it; Lightning asks for it
 
@@ -107,7 +108,7 @@ def refuse_odd_settings(settings: dict, what: str) -> None:
         for one in value if isinstance(value, (list, tuple)) and len(value) <= 16 else [value]:
             if not isinstance(name, str) or not (one is None or isinstance(one, (bool, str)) or is_number(one)):
                 raise ValueError(f"{what}.{str(name)[:40]} is {short(value)}, which no setting can be")
-            if isinstance(one, str) and len(one) > (MOST_TEXT if name == "vocabulary" else 10_000):
+            if isinstance(one, str) and len(one) > MOST_TEXT:
                 raise ValueError(f"{what}.{name} has {len(one):,} characters")
 
 
@@ -193,6 +194,8 @@ def refuse_contradictory(saved: dict) -> None:
     refuse_odd_settings(data, "data")
     refuse_unfit_weights(saved["state_dict"], sizes)
     refuse_unfit_tokenizer(data, sizes.get("vocab_size", GPTConfig.vocab_size))
+    if not fits_type(copies := data.get("renamed_copies", 0), int) or not 0 <= copies <= MOST_COPIES:
+        raise ValueError(f"data.renamed_copies is {short(copies)}, not a number up to {MOST_COPIES}")
     seed = sizes.get("seed")
     if type(seed) is not int or not 0 <= seed < 2**32:
         raise ValueError(f"seed is {short(seed)}, not a number from 0 to 2^32")

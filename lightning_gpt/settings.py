@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 import os
 import re
 from inspect import signature
@@ -26,8 +27,8 @@ FIXED_IN_FIT = SIZES - {"dropout", "ngram_dropout"} | {"vocabulary", "tokenizer"
 FREE_IN_VALIDATE = {"corpus", "tokens", "batch_size", "compile", "renamed_copies", "seed", "unknown"}
 # what a run may take from a checkpoint: settings that no class is imported for and no file is written by
 FROM_TRAINER = set(
-    "accelerator strategy devices precision max_steps min_steps max_epochs min_epochs max_time limit_train_batches "
-    "limit_val_batches limit_test_batches overfit_batches val_check_interval check_val_every_n_epoch "
+    "accelerator strategy devices num_nodes precision max_steps min_steps max_epochs min_epochs max_time "
+    "limit_train_batches limit_val_batches limit_test_batches overfit_batches val_check_interval check_val_every_n_epoch "
     "num_sanity_val_steps log_every_n_steps enable_checkpointing enable_progress_bar enable_model_summary "
     "accumulate_grad_batches gradient_clip_val gradient_clip_algorithm deterministic benchmark inference_mode "
     "use_distributed_sampler detect_anomaly sync_batchnorm reload_dataloaders_every_n_epochs".split()
@@ -35,7 +36,7 @@ FROM_TRAINER = set(
 WITH_CLASSES = "callbacks", "logger", "plugins", "profiler", "strategy", "accelerator"  # these may name some
 FROM_SAMPLE = {"prompts", "length", "console_length", "temperature", "top_k", "seed"}
 MOST_EVENTS, MOST_ALIASES, DEEPEST = 20_000, 20, 20  # in a config's YAML
-LONGEST = 20_000  # characters of what has no quotes there: a number of so many digits takes no time yet
+ENDLESS = r"[-+0-9_:.]{1000,}"  # 1:1:1 is a number to YAML, and takes the square of its length
 
 
 def refuse_nonsense(config) -> None:
@@ -70,10 +71,10 @@ def read_config(text: str) -> dict:
         for n, event in enumerate(yaml.parse(text, loader)):
             depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
             aliases += isinstance(event, yaml.AliasEvent)  # each may double what is there
-            bare = isinstance(event, yaml.ScalarEvent) and not event.style
-            if more := n > MOST_EVENTS or depth > DEEPEST or aliases > MOST_ALIASES:
-                break
-            if more := bare and (len(event.value) > LONGEST or event.value == "<<"):  # which copies what an alias means
+            bare = event.value if isinstance(event, yaml.ScalarEvent) and not event.style else ""
+            more = n > MOST_EVENTS or depth > DEEPEST or aliases > MOST_ALIASES
+            more = more or bare == "<<" or re.fullmatch(ENDLESS, bare) is not None  # << copies what an alias means
+            if more:
                 break
         config = None if more else yaml.load(text, loader)
     except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date or a number that is none
@@ -95,17 +96,16 @@ def part_of(config: dict, name: str) -> dict:
 def is_plain(value: Any) -> bool:
     """Whether a setting of the Trainer's can have this value without that a class is meant: words and numbers."""
     if isinstance(value, (list, dict)):  # device numbers, or hours and minutes
-        names = [name for name in value if not is_number(name) and not is_plain(name)]
-        return (
-            len(value) <= 64 and not names and all(map(is_number, value.values() if isinstance(value, dict) else value))
-        )
-    word = isinstance(value, str) and re.fullmatch(r"[a-z0-9_:,-]{1,40}", value) is not None
-    return value is None or isinstance(value, bool) or is_number(value) or word
+        numbers = value.values() if isinstance(value, dict) else value
+        return len(value) <= 64 and all(map(is_number, numbers))
+    word = isinstance(value, str) and re.fullmatch(r"[a-z0-9_:, -]{1,200}", value) is not None
+    return value is None or isinstance(value, bool) or is_number(value) or value in (math.inf, -math.inf) or word
 
 
 def names_classes(key: str, value: Any) -> bool:
     """Whether this setting of the Trainer's may name a class to import, or a way to write files."""
-    return key in WITH_CLASSES and value is not None and not (key in FROM_TRAINER and is_plain(value))
+    plain_here = key in FROM_TRAINER and is_plain(value) and not isinstance(value, (list, dict))
+    return key in WITH_CLASSES and value is not None and not plain_here
 
 
 def settings_of_run(saved: dict, command: str) -> dict:
@@ -124,6 +124,8 @@ def settings_of_run(saved: dict, command: str) -> dict:
         trainer[key] = value
     if type(trainer.get("devices")) is int and trainer["devices"] > (os.cpu_count() or 1):
         del trainer["devices"]  # of a larger machine; here it would start as many processes
+    if not {"TORCHELASTIC_RUN_ID", "SLURM_JOB_ID", "NODE_RANK"} & os.environ.keys():
+        trainer.pop("num_nodes", None)  # it would wait for the others
     # what older checkpoints say by silence
     model = {"rung": None, "init_from": None, "freeze": 0} | saved["hyper_parameters"]
     data = {"tokenizer": None} | saved["datamodule_hyper_parameters"]
@@ -206,6 +208,15 @@ def take_up_again(config, settings: dict) -> None:
     for group, key in ("data", "vocabulary"), ("data", "tokenizer"), ("data", "token_kinds"), ("model", "init_from"):
         if config[group][key] is None:
             config[group][key] = settings[group].get(key)
+
+
+def refuse_devices(data, settings: dict) -> None:
+    """Raises ValueError if a checkpoint, and nobody else, says to read what is neither a file nor a folder."""
+    for key in "corpus", "tokens":
+        names = data[key] if data[key] == settings["data"].get(key) else None
+        for path in [Path(name.strip()) for name in (names or "").split(",")]:
+            if path.exists() and not path.is_file() and not path.is_dir():
+                raise ValueError(f"data.{key} of the checkpoint is {path}, a device or a pipe: give --data.{key}")
 
 
 def refuse_contradictions(command: str, config, settings: dict, path: Path) -> None:

@@ -3,6 +3,7 @@
 import io
 import itertools
 import math
+import os
 import random
 import re
 import shutil
@@ -92,6 +93,7 @@ def quantized(w):
         ((DATA, "vocabulary"), "\ud800" + "a" * 31, "half a character"),
         ((DATA, "tokenizer"), "words", "the tokenizer is 'words'"),
         ((DATA, "unknown"), 3, "data.unknown is 3"),
+        ((DATA, "renamed_copies"), 10**9, "data.renamed_copies is 1000000000"),
         (("state_dict", 5), torch.zeros(1), "the weight 5 is none"),
         (("state_dict", "net.lm_head.weight"), ..., "the weight net.lm_head.weight is missing"),
         (W, torch.zeros(32, 17), "net.wte.weight is (32, 17)"),
@@ -211,6 +213,8 @@ def hostile(saved, tmp_path, monkeypatch):
         ("profiler", "advanced"),
         ("strategy", "evil.Evil"),
         ("strategy", EVIL[0]),
+        ("strategy", {"accelerator": 1}),
+        ("num_nodes", 7),
         ("accelerator", EVIL),
         ("default_root_dir", "elsewhere"),
         ("barebones", True),
@@ -247,11 +251,11 @@ BOMB = "a: &a [1, 1]\n" + "".join(
         (BOMB, "aliases"),
         ("trainer: " + "[" * 5000, "more in it than a config has"),
         ("trainer: [" + "1," * 20_000 + "]", "more in it than a config has"),
-        ("trainer:\n  max_steps: " + "1:" * 20_000 + "1", "more in it than a config has"),
-        ("trainer: {max_steps: " + "9" * 5000 + "}", "can't be read"),
+        ("trainer: {max_steps: 0x" + "9" * 5000 + "}", "its trainer.max_steps is a number of 20000 bits"),
+        ("trainer: {max_steps: 2020-99-99}", "can't be read"),
         ("trainer: {max_steps: [", "can't be read"),
         ("a: &a {b: 1}\nc: {<<: *a}", "more in it than a config has"),
-        ("trainer:\n  max_steps: " + "1:" * 9_000 + "1", "its trainer.max_steps is a number of"),
+        ("trainer:\n  max_steps: " + "1:" * 900 + "1", "more in it than a config has"),
         ("trainer: !!python/object/apply:os.system [touch bomb]", "can't be read"),
         ("- a\n- b", "it is a list"),
         ("trainer: 5", "its trainer is a int"),
@@ -270,6 +274,28 @@ def test_a_config_text_that_is_none_is_refused_in_a_moment(hostile, fails, confi
         for command in "fit", "validate":
             assert message in fails(command, "--ckpt_path=x.ckpt")
     assert not Path("bomb").exists()
+
+
+def test_what_a_run_can_be_told_comes_along(hostile, monkeypatch):
+    told = {"max_time": "00:12:00:00", "devices": [0, 1], "gradient_clip_val": math.inf, "precision": "bf16-mixed"}
+    told |= {"deterministic": "warn", "limit_val_batches": 0.5, "val_check_interval": 3, "strategy": "shards"}
+    saved = hostile(lambda config: config | {"trainer": told | {"num_nodes": 2, "max_steps": None}})
+    assert settings_of_run(saved, "fit")["trainer"] == told | {"max_steps": None}
+    monkeypatch.setenv("SLURM_JOB_ID", "1")
+    assert settings_of_run(saved, "fit")["trainer"]["num_nodes"] == 2
+
+
+def test_a_device_that_only_the_checkpoint_names_is_not_read(saved, tmp_path, fails):
+    os.mkfifo(pipe := tmp_path / "pipe")
+    saved[DATA]["corpus"] = f"{tmp_path}/none,{pipe}"
+    checkpoint.write(saved, tmp_path / "x.ckpt")
+    assert f"{pipe}, a device or a pipe" in fails("validate", f"--ckpt_path={tmp_path}/x.ckpt")
+
+
+def test_token_files_of_another_vocabulary_are_refused_before_a_checkpoint_is(token_files):
+    how = dict(tokens=token_files, block_size=4, tokenizer="char", vocabulary="aab")
+    with pytest.raises(ValueError, match="data.token_kinds=300, and data.vocabulary has 2 tokens"):
+        TinyShakespeare(**how, token_kinds=300)
 
 
 def test_a_setting_that_no_class_here_has_is_refused(saved):
