@@ -139,7 +139,7 @@ class CLI(LightningCLI):
             )
         if command == "fit" and settings["model"].get("ema_decay") and not config.model.ema_decay:
             say("model.ema_decay=0: training goes on from the weights themselves, and the average is dropped")
-        self.state = {"loops": saved.get("loops")}
+        self.state = {"loops": saved.get("loops"), "callbacks": saved.get("callbacks")}
         if command == "fit":
             self.start_step = saved["global_step"]
             without_numbers = apply_to_collection(saved["optimizer_states"], Tensor, lambda t: t.to("meta"))
@@ -222,7 +222,12 @@ class CLI(LightningCLI):
         """Raises ValueError if Lightning could not take up where the checkpoint says that it was."""
         loop = f"{subcommand}_loop"
         try:
-            loops = state["loops"]
+            loops, callbacks = state["loops"], {} if state["callbacks"] is None else state["callbacks"]
+            if not isinstance(callbacks, dict) or not all(isinstance(key, str) for key in callbacks):
+                raise ValueError("its callbacks have no names")
+            for callback in self.trainer.callbacks:
+                if callback.state_key in callbacks and type(callback).__module__.startswith(f"{__package__}."):
+                    refuse_unlike(callbacks[callback.state_key], callback.state_dict(), callback.state_key)
             if subcommand == "fit" or loops is not None:
                 fresh = {loop: getattr(self.trainer, loop).state_dict()}
                 refuse_unlike({loop: loops[loop]} if isinstance(loops, dict) and loop in loops else {}, fresh, "loops")

@@ -28,10 +28,10 @@ FREE_IN_VALIDATE = {"corpus", "tokens", "batch_size", "compile", "renamed_copies
 # what a run may take from a checkpoint: settings that no class is imported for and no file is written by
 FROM_TRAINER = set(
     "accelerator strategy devices num_nodes precision max_steps min_steps max_epochs min_epochs max_time "
-    "limit_train_batches limit_val_batches limit_test_batches overfit_batches val_check_interval check_val_every_n_epoch "
-    "num_sanity_val_steps log_every_n_steps enable_checkpointing enable_progress_bar enable_model_summary "
-    "accumulate_grad_batches gradient_clip_val gradient_clip_algorithm deterministic benchmark inference_mode "
-    "use_distributed_sampler detect_anomaly sync_batchnorm reload_dataloaders_every_n_epochs".split()
+    "limit_train_batches limit_val_batches limit_test_batches overfit_batches val_check_interval "
+    "check_val_every_n_epoch num_sanity_val_steps log_every_n_steps enable_checkpointing enable_progress_bar "
+    "enable_model_summary accumulate_grad_batches gradient_clip_val gradient_clip_algorithm deterministic benchmark "
+    "inference_mode use_distributed_sampler detect_anomaly sync_batchnorm reload_dataloaders_every_n_epochs".split()
 )
 WITH_CLASSES = "callbacks", "logger", "plugins", "profiler", "strategy", "accelerator"  # these may name some
 FROM_SAMPLE = {"prompts", "length", "console_length", "temperature", "top_k", "seed"}
@@ -250,6 +250,8 @@ def refuse_unlike(saved: Any, fresh: Any, name: str) -> None:
             if not isinstance(saved, dict) or key not in saved:
                 raise ValueError(f"{name}.{key} is missing")
             refuse_unlike(saved[key], value, f"{name}.{key}")
+    elif isinstance(fresh, float) and type(saved) in (int, float):
+        return
     elif isinstance(fresh, (bool, int, float)) and (type(saved) is not type(fresh) or not 0 <= saved <= LARGEST):
         raise ValueError(f"{name} is {short(saved)}")
 

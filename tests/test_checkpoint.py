@@ -347,6 +347,8 @@ def test_a_state_that_training_can_not_go_on_from_is_refused(saved, path, value,
         (("loops",), ..., "loops.fit_loop is missing"),
         (("global_step",), 3, "its optimizer has taken 5 steps, and the file says 3"),
         (("lr_schedulers",), ..., "no lr_schedulers"),
+        (("callbacks",), [1], "its callbacks have no names"),
+        (("callbacks", "Vitals", "best"), "low", "Vitals.best is 'low'"),
     ],
     ids=str,
 )
