@@ -156,7 +156,7 @@ def test_an_archive_that_swells_is_not_unpacked(saved, tmp_path):
     lies = plain[: at + 20] + struct.pack("<II", 2**31, 2**31) + plain[at + 28 :]
     for data in bomb, archive(twice), lies, b"before" + plain:
         path.write_bytes(data)
-        with pytest.raises(ValueError, match="checkpoint"):
+        with pytest.raises(ValueError, match="can't be read as plain data|no complete archive"):
             checkpoint.read_strictly(path)
     path.write_bytes(plain)
     with pytest.raises(ValueError, match="its checksum is missing"):  # else it would be good
@@ -387,7 +387,7 @@ def test_every_text_reaches_a_config_as_it_was(tmp_path):
         assert parser.parse_args([f"--config={as_yaml({'text': text})}"]).text == text
 
 
-@pytest.mark.parametrize("words", ["#.$*@ \n", "~"])
+@pytest.mark.parametrize("words", ["#.$*@ \n", pytest.param("~", marks=pytest.mark.slow)])
 def test_a_vocabulary_of_any_shape_trains_is_validated_goes_on_and_is_fine_tuned(tmp_path, words, capsys):
     dice = random.Random(0)
     (tmp_path / "text").write_text("".join(dice.choice(words) for _ in range(400)))
