@@ -9,19 +9,20 @@ import zipfile
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from .contents import VERSION, refuse_bombs, refuse_contradictory, refuse_odd
 from .lecture import Rung, build
-from .model import GPT
+from .model import GPT, GPTConfig
 from .tokenizer import CharTokenizer, Tokenizer, rebuild
 
 ROOT = Path("checkpoints")  # where runs land
 FORMAT = 2  # of the files; 1 had no seal
 SHRUNK = 3  # the format with one byte a weight
 SEAL, SEAL_SIZE = b"sha256 ", len("sha256 ") + 64
-VERSION = "pytorch-lightning_version"  # of who saved it; Lightning asks for it
 MEASURED_ON = "corpus", "tokens", "token_kinds", "split", "tokenizer", "vocabulary", "unknown"  # what val/loss is of
 DRAFT = ".draft."  # how the names of unfinished files begin
 
@@ -49,6 +50,13 @@ def newest_first(files: Iterable[Path]) -> list[Path]:
     return sorted((file for file in files if file.is_file()), key=lambda file: file.stat().st_mtime, reverse=True)
 
 
+def refuse_special(path: Path) -> None:
+    """Raises OSError if something is there that is no regular file: a device or a pipe must not become one."""
+    if path.exists() and not path.is_file():
+        what = "a folder" if path.is_dir() else "a device or a pipe"
+        raise OSError(f"{path} can't be written: it is {what}, not a file")
+
+
 def write(saved: dict, path: str | Path) -> None:
     """Save so that under `path` there is a whole file at any moment: the one before, or this one.
 
@@ -57,7 +65,8 @@ def write(saved: dict, path: str | Path) -> None:
     Raises:
         OSError: it can't be written, or does not read back as it was written; what was there before still is.
     """
-    buffer, path = io.BytesIO(), Path(path)
+    buffer, path = io.BytesIO(), Path(os.path.realpath(path))  # a link stays one
+    refuse_special(path)
     torch.save(saved | {"format": SHRUNK if "scales" in saved else FORMAT}, buffer)
     with buffer.getbuffer() as archive:
         archive[-2:] = SEAL_SIZE.to_bytes(2, "little")  # an archive ends with the length of its comment
@@ -133,16 +142,14 @@ def read_strictly(path: Path) -> dict:
     broken = seal_is_broken(data)
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            broken = broken or broken is None and archive.testzip() is not None
+            stored = sum(entry.file_size for entry in archive.infolist()) <= len(data)  # else nothing is unpacked
+            broken = broken or broken is None and stored and archive.testzip() is not None
     except Exception:  # whatever half an archive makes the reader say
         raise ValueError(f"{path} is not a checkpoint, or only a part of one: it is no complete archive") from None
     if broken:
         raise ValueError(f"the checkpoint {path} is damaged: its bytes are not those of its checksum")
     try:
-        saved = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-        if isinstance(saved, dict) and "scales" in saved:
-            scales = saved.pop("scales")
-            saved["state_dict"] |= {name: saved["state_dict"][name] * scales[name][:, None] for name in scales}
+        saved = read_plain(data)
     except Exception as error:  # whatever a damaged or hostile file makes the reader say
         reason = str(error).split("\n")[0][:200]
         raise ValueError(
@@ -152,31 +159,58 @@ def read_strictly(path: Path) -> dict:
     if not isinstance(saved, dict) or any(not isinstance(saved.get(part), dict) for part in parts):
         raise ValueError(f"{path} is a PyTorch file, but no checkpoint of lightning-gpt: it lacks {', '.join(parts)}")
     made_by = saved.get("format", 1)
-    if made_by not in (1, FORMAT, SHRUNK):
+    if type(made_by) is not int or made_by not in (1, FORMAT, SHRUNK):
         raise ValueError(
-            f"the checkpoint {path} has format {made_by}, and this lightning-gpt reads up to {SHRUNK}: take a newer one"
+            f"the checkpoint {path} has format {str(made_by)[:40]}, and this lightning-gpt reads up to {SHRUNK}: "
+            "take a newer one"
         )
     if made_by != 1 and not data[-SEAL_SIZE:].startswith(SEAL):
         raise ValueError(f"the checkpoint {path} is damaged: its checksum is missing")
+    try:
+        unshrink(saved)
+        refuse_contradictory(saved)
+    except ValueError as error:
+        raise ValueError(f"the checkpoint {path} does not fit this version of lightning-gpt: {error}") from None
     return saved
+
+
+def read_plain(data: bytes) -> Any:
+    """What `torch.save` wrote, if that is plain values and dense tensors and takes no more room than `data`.
+
+    Raises:
+        Exception: of whatever kind, if it is something else.
+    """
+    refuse_bombs(data)
+    saved = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    refuse_odd(saved, len(data))
+    return saved
+
+
+def unshrink(saved: dict) -> None:
+    """Turn weights of one byte, as `shrink` writes them, into floating-point numbers, in place.
+
+    Raises:
+        ValueError: a scale is not one number for each row of such a weight.
+    """
+    weights = saved["state_dict"] = dict(saved["state_dict"])  # without what else a state_dict of torch's carries
+    scales = saved.pop("scales", {})
+    for name, scale in scales.items() if isinstance(scales, dict) else [(None, None)]:
+        w = weights.get(name)
+        if isinstance(w, Tensor) and isinstance(scale, Tensor) and w.dim() == 2 and scale.shape == w.shape[:1]:
+            weights[name] = w * scale[:, None]
+        else:
+            raise ValueError(f"the scale of {str(name)[:40]!r} is not one number for each row of it")
 
 
 def load(path: str | Path, device: str | torch.device = "cpu") -> tuple[GPT | Rung, Tokenizer]:
     """The net and the tokenizer of a checkpoint, ready to sample from, in float32 on `device`."""
     saved = read(path)
     sizes, weights = saved["hyper_parameters"], saved["state_dict"]
-    try:
-        with torch.device(device):
-            net = build(sizes)
-        prefix = "average." if sizes.get("ema_decay") else "net."  # the average is what was validated
-        net.load_state_dict({k.removeprefix(prefix): w for k, w in weights.items() if k.startswith(prefix)})
-        tokenizer = rebuild(saved["datamodule_hyper_parameters"], sizes["vocab_size"])
-    except (KeyError, RuntimeError, TypeError, ValueError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"the checkpoint {path} does not fit this version of lightning-gpt: {reason}") from None
-    if not all(p.isfinite().all() for p in net.parameters()):
-        raise ValueError(f"the checkpoint {path} has weights that are no numbers: its training diverged")
-    return net.eval(), tokenizer
+    with torch.device(device):
+        net = build(sizes)
+    prefix = "average." if sizes.get("ema_decay") else "net."  # the average is what was validated
+    net.load_state_dict({k.removeprefix(prefix): w for k, w in weights.items() if k.startswith(prefix)})
+    return net.eval(), rebuild(saved["datamodule_hyper_parameters"], sizes.get("vocab_size", GPTConfig.vocab_size))
 
 
 def shrink(ckpt_path: str = "best", output: str = "small.ckpt") -> None:
@@ -190,6 +224,7 @@ def shrink(ckpt_path: str = "best", output: str = "small.ckpt") -> None:
         output: the file to write.
     """
     path = find(ckpt_path)
+    refuse_special(Path(output))
     saved = read(path)
     prefix = "average." if saved["hyper_parameters"].get("ema_decay") else "net."
     weights, scales = {}, {}

@@ -10,13 +10,15 @@ import warnings
 from contextlib import nullcontext, suppress
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 import torch
-import yaml
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import EarlyStopping, ProgressBar, Timer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor
 from torch import distributed as dist
 
 from . import callbacks, checkpoint, lecture, main, text
@@ -32,17 +34,24 @@ from .distributed import (
 )
 from .files import lossy_output
 from .main import complain, program, with_notes
+from .reading import say
 from .saving import SafeIO, Save, SaveConfig, StopOnSignal, Stopped
 from .settings import (
+    as_yaml,
+    classes_of_run,
+    flag_in,
     goes_on_in_its_folder,
     named_configs,
-    plain,
     refuse_contradictions,
+    refuse_devices,
     refuse_nonsense,
+    refuse_unfit_optimizer,
+    refuse_unlike,
     settings_of_run,
     settings_of_weights,
+    take_up_again,
 )
-from .speak import described, say
+from .speak import described
 from .tokenizer import CharTokenizer
 from .training import Diverged, LanguageModel
 from .vitals import Vitals
@@ -72,6 +81,7 @@ class CLI(LightningCLI):
     saver: Save | None = None
     lock: int | None = None  # on the run's folder
     asked: str | None = None  # the checkpoint to start from, as it was given: a path, best or last
+    state: dict[str, Any] | None = None  # of the run that goes on: its loops, and what its optimizer's state looks like
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -93,6 +103,8 @@ class CLI(LightningCLI):
     def parse_arguments(self, parser, args) -> None:
         self.config = parser.parse_args(args)
         command = self.config.subcommand
+        if self.config[command].ckpt_path is None:  # a run's own config says null, after the flag too
+            self.config[command].ckpt_path = flag_in(args, "--ckpt_path")
         self.asked = self.config[command].ckpt_path or (self.config.fit.model.init_from if command == "fit" else "best")
         if command in ("validate", "test") or (command == "fit" and self.config.fit.ckpt_path):
             self.start_from_checkpoint(parser, args, command)
@@ -109,15 +121,36 @@ class CLI(LightningCLI):
         saved = checkpoint.read(path)
         if command == "fit" and "optimizer_states" not in saved:
             raise ValueError(f"{path} has weights and no run to go on with: start from them with --model.init_from")
-        settings = settings_of_run(saved, command)
+        try:
+            settings = settings_of_run(saved, command)
+        except ValueError as error:
+            raise ValueError(f"the checkpoint {path} is of no run that can be taken up: {error}") from None
+        own: dict[str, Any] = {}
+        lost: list[str] = []
+        if command == "fit":
+            own, lost = classes_of_run(path, saved, self.config.fit.trainer.default_root_dir)
         # the checkpoint's settings come first, so that configs and flags win over them ...
-        at = args.index(command) + 1
-        as_config = yaml.safe_dump(plain(settings))
-        self.config = parser.parse_args([*args[:at], f"--config={as_config}", *args[at:], f"--ckpt_path={path}"])
+        at, first = args.index(command) + 1, settings | {"trainer": settings["trainer"] | own}
+        self.config = parser.parse_args([*args[:at], f"--config={as_yaml(first)}", *args[at:], f"--ckpt_path={path}"])
+        config = self.config[command]
+        take_up_again(config, settings)
+        if config.data.unknown == "extend" == saved["datamodule_hyper_parameters"].get("unknown"):
+            config.data.unknown = "error"  # the vocabulary has been extended
         # ... and where that must not be, the difference shows
-        refuse_contradictions(command, self.config[command], settings, path)
+        refuse_contradictions(command, config, settings, path)
+        refuse_devices(config.data, settings)
+        if command == "fit" and (lost := [name for name in lost if config.trainer[name] in (None, "auto")]):
+            say(
+                f"the run had trainer.{' and trainer.'.join(lost)} of its own, which no checkpoint brings along: "
+                "give --config with the config.yaml of its folder to have that again"
+            )
+        if command == "fit" and settings["model"].get("ema_decay") and not config.model.ema_decay:
+            say("model.ema_decay=0: training goes on from the weights themselves, and the average is dropped")
+        self.state = {"loops": saved.get("loops"), "callbacks": saved.get("callbacks")}
         if command == "fit":
             self.start_step = saved["global_step"]
+            without_numbers = apply_to_collection(saved["optimizer_states"], Tensor, lambda t: t.to("meta"))
+            self.state |= {"optimizer_states": without_numbers, "lr_schedulers": saved.get("lr_schedulers")}
             if goes_on_in_its_folder(self.config.fit, settings, path):
                 self.run_folder = path.absolute().parents[1]
         if command == "fit" and saved["global_step"] >= (steps := self.config.fit.trainer.max_steps):
@@ -131,15 +164,17 @@ class CLI(LightningCLI):
     def start_from_weights(self, parser, args: list[str]) -> None:
         path = checkpoint.find(self.config.fit.model.init_from)
         settings = settings_of_weights(checkpoint.read(path))
-        as_config = yaml.safe_dump(plain(settings))
-        self.config = parser.parse_args(["fit", f"--config={as_config}", *args[1:], f"--model.init_from={path}"])
+        self.config = parser.parse_args(
+            ["fit", f"--config={as_yaml(settings)}", *args[1:], f"--model.init_from={path}"]
+        )
+        take_up_again(self.config.fit, settings)
         settings["model"]["block_size"] = min(settings["model"]["block_size"], self.config.fit.model.block_size)
         refuse_contradictions("fit", self.config.fit, settings, path)
 
     def start_from_rung(self, parser, args: list[str], rung: str) -> None:
         """What the rung has no choice of comes first: where it differs then, it was given, and config.yaml is right."""
         fixed = lecture.RUNGS[rung].fixed
-        self.config = parser.parse_args(["fit", f"--config={yaml.safe_dump({'model': fixed})}", *args[1:]])
+        self.config = parser.parse_args(["fit", f"--config={as_yaml({'model': fixed})}", *args[1:]])
         lecture.refuse_lacking(rung, {name: self.config.fit.model[name] for name in fixed})
 
     def _parse_ckpt_path(self) -> None:
@@ -185,6 +220,11 @@ class CLI(LightningCLI):
             raise ValueError("trainer.profiler=xla needs the package torch_xla, which is not installed")
         try:
             trainer = super().instantiate_trainer(**kwargs)
+        except ModuleNotFoundError as error:  # of a precision, strategy or logger whose package is not here
+            raise ValueError(
+                f"trainer.precision={given.precision} with trainer.strategy={given.strategy}: "
+                f"{' '.join(str(error).split())}"
+            ) from None
         except MisconfigurationException as error:
             if not any(word in str(error).lower() for word in ("accelerator", "backend", "machine only has")):
                 raise
@@ -200,6 +240,33 @@ class CLI(LightningCLI):
         refuse_other_launchers(trainer)
         refuse_other_numbers(trainer)
         return trainer
+
+    def refuse_unfit_state(self, state: dict[str, Any], subcommand: str) -> None:
+        """Raises ValueError if Lightning could not take up where the checkpoint says that it was."""
+        loop = f"{subcommand}_loop"
+        try:
+            loops, callbacks = state["loops"], {} if state["callbacks"] is None else state["callbacks"]
+            if not isinstance(callbacks, dict) or not all(isinstance(key, str) for key in callbacks):
+                raise ValueError("its callbacks have no names")
+            for callback in self.trainer.callbacks:
+                if callback.state_key in callbacks and type(callback).__module__.startswith(f"{__package__}."):
+                    refuse_unlike(callbacks[callback.state_key], callback.state_dict(), callback.state_key)
+            if subcommand == "fit" or loops is not None:
+                fresh = {loop: getattr(self.trainer, loop).state_dict()}
+                refuse_unlike({loop: loops[loop]} if isinstance(loops, dict) and loop in loops else {}, fresh, "loops")
+            if subcommand == "fit":
+                if not isinstance(state["lr_schedulers"], list):
+                    raise ValueError("it has no lr_schedulers")
+                progress = loops[loop]["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]
+                if (steps := progress["total"]["completed"]) != self.start_step:
+                    raise ValueError(f"its optimizer has taken {steps} steps, and the file says {self.start_step}")
+                refuse_unfit_optimizer(state["optimizer_states"], self.model.parameter_groups())
+        except ValueError as error:
+            path = self.config[subcommand].ckpt_path
+            raise ValueError(
+                f"training can't go on from the checkpoint {path}: {error}. Its weights are there to start from, with "
+                "--model.init_from"
+            ) from None
 
     def before_fit(self) -> None:
         self.datamodule.refuse_unequal_shares(self.trainer.world_size)  # here, before Lightning starts the others
@@ -258,6 +325,8 @@ class CLI(LightningCLI):
         print(f"\n\nNext:\n  {me} generate{prompt}\n  {me} validate --ckpt_path {path}")
 
     def _run_subcommand(self, subcommand: str) -> None:
+        if self.state:
+            self.refuse_unfit_state(self.state, subcommand)
         try:
             with lossy_output() if subcommand == "fit" else nullcontext():
                 super()._run_subcommand(subcommand)

@@ -172,6 +172,10 @@ class TinyShakespeare(L.LightningDataModule):
             self.take_tokens([file.strip() for file in tokens.split(",")], kinds, token_type)
             plain = {"tokenizer": tokenizer or "ids", "vocabulary": vocabulary, "unknown": unknown}
             self.tokenizer = rebuild(plain, kinds)
+            if len(self.tokenizer) != kinds:
+                raise ValueError(f"data.token_kinds={kinds}, and data.vocabulary has {len(self.tokenizer)} tokens")
+            if vocabulary is not None:
+                vocabulary = "".join(self.tokenizer.vocabulary)  # each of them once
             self.save_hyperparameters()
             self.refuse_short(block_size, None, (start, end))
             return

@@ -173,6 +173,7 @@ class Shards(ModelParallelStrategy):
         saved, module = checkpoint.read(checkpoint_path), self.lightning_module
         assert module is not None
         options = StateDictOptions(full_state_dict=True)
+        saved["state_dict"] = cast(Any, module).with_average(saved["state_dict"])
         set_model_state_dict(module, saved["state_dict"], options=options)
         name_of = {p: name for name, p in module.named_parameters()}
         for optimizer, state in zip(self.optimizers, saved["optimizer_states"], strict=False):

@@ -19,8 +19,10 @@ import torch
 from torch import Tensor
 
 from . import checkpoint
+from .contents import fits_type, refuse_contradictory, short
 from .main import program
 from .model import GPT, GPTConfig
+from .reading import say
 from .tokenizer import (
     BPETokenizer,
     ByteTokenizer,
@@ -87,6 +89,7 @@ def import_weights(
         tokenizer: what the ids mean, where the weights come without that; null is gpt2 for 50,257 of them or 50,304,
             and ids, which are written as numbers, for others.
     """
+    checkpoint.refuse_special(Path(output))
     kind, _, path = (
         from_.rpartition(":") if not from_.startswith(("hf:", "nanogpt:", "safetensors:")) else (from_.partition(":"))
     )
@@ -101,32 +104,28 @@ def import_weights(
     if not words or tokenizer:
         words = {"tokenizer": tokenizer or ("gpt2" if config.vocab_size in (50257, 50304) else "ids")}
         words |= {"token_kinds": config.vocab_size, "vocabulary": None}
-    known = rebuild(words, config.vocab_size)
-    if len(known) != config.vocab_size:
-        raise ValueError(f"{from_} has {config.vocab_size} token ids, and its vocabulary has {len(known)}")
-    with torch.device("meta"):
-        net = GPT(config)
-    try:
-        net.load_state_dict(weights, assign=True)
-    except RuntimeError as error:
-        raise ValueError(
-            f"the weights of {from_} do not fit its settings: {' '.join(str(error).split())[:300]}"
-        ) from None
-    saved = {
-        "state_dict": {f"net.{name}": w.float() for name, w in net.state_dict().items()},
+    saved: dict[str, Any] = {
+        "state_dict": {f"net.{name}": w for name, w in weights.items()},
         "hyper_parameters": asdict(config) | {"seed": 1337},
-        "datamodule_hyper_parameters": described(known),
+        "datamodule_hyper_parameters": words,
         "global_step": 0,
         "pytorch-lightning_version": "2.6.6",
     }
+    try:
+        refuse_contradictory(saved)
+    except ValueError as error:
+        raise ValueError(f"{from_} is not what it says of itself: {error}") from None
+    known = rebuild(words, config.vocab_size)
+    saved["state_dict"] = {name: w.float() for name, w in saved["state_dict"].items()}
+    saved["datamodule_hyper_parameters"] = described(known)
     checkpoint.write(saved, output)
-    size = (
-        sum(w.numel() for name, w in weights.items() if not (config.tie_embeddings and name == "lm_head.weight")) / 1e6
-    )
+    tied = config.tie_embeddings
+    size = sum(w.numel() for name, w in weights.items() if not (tied and name == "lm_head.weight")) / 1e6
+    text = "--data.tokens train.bin,val.bin" if isinstance(known, TokenIds) else "--data.corpus my_text.txt"
     print(
         f"{size:.2f}M parameters, {config.vocab_size:,} token ids ({KINDS[type(known)]}), in {output}\n\nNext:\n"
         f"  {program()} generate --ckpt_path {output}\n"
-        f"  {program()} fit --config finetune --model.init_from {output} --data.corpus my_text.txt"
+        f"  {program()} fit --config finetune --model.init_from {output} {text}"
     )
 
 
@@ -156,7 +155,7 @@ def from_hugging_face(name: str) -> tuple[GPTConfig, dict[str, Tensor], dict]:
         raise FileNotFoundError(f"the folder {name} does not exist: give hf:FOLDER with config.json and the weights")
     logging.getLogger("huggingface_hub").setLevel(logging.CRITICAL)  # each of its retries
     try:
-        theirs = transformers.AutoConfig.from_pretrained(name)
+        theirs = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # a dozen kinds, by what the network or the folder lacks
         if folder.is_dir():
             why = " ".join(str(error).split())[:150]
@@ -175,41 +174,70 @@ def from_hugging_face(name: str) -> tuple[GPTConfig, dict[str, Tensor], dict]:
         raise ValueError(f"{name} has activation_function={theirs.activation_function}, and our block only {known}")
     if theirs.n_inner not in (None, 4 * theirs.n_embd):
         raise ValueError(f"{name} has n_inner={theirs.n_inner}, and our MLP is 4 * n_embd={4 * theirs.n_embd} wide")
-    config = GPTConfig(
-        **{ours: getattr(theirs, setting) for setting, ours in SETTINGS.items()},
-        activation=ACTIVATIONS[theirs.activation_function],  # type: ignore[arg-type]
-    )
+    sizes = {ours: getattr(theirs, setting) for setting, ours in SETTINGS.items()}
+    for setting, ours in SETTINGS.items():
+        if not fits_type(sizes[ours], type(getattr(GPTConfig, ours))):
+            raise ValueError(f"{name}/config.json has {setting}={short(sizes[ours])}")
+    config = GPTConfig(**sizes, activation=ACTIVATIONS[theirs.activation_function])  # type: ignore[arg-type]
+    least = 12 * config.n_layer * config.n_embd**2 + (config.vocab_size + config.block_size) * config.n_embd
+    files = [file for file in folder.iterdir() if file.suffix in (".bin", ".safetensors")] if folder.is_dir() else []
+    if config.n_layer > 1000 or files and least > sum(file.stat().st_size for file in files):
+        raise ValueError(
+            f"{name}/config.json says n_layer={config.n_layer}, and these weights hold less than that takes"
+        )
     try:
-        model, told = transformers.GPT2LMHeadModel.from_pretrained(name, output_loading_info=True)
+        model, told = transformers.GPT2LMHeadModel.from_pretrained(
+            name, output_loading_info=True, attn_implementation="eager"
+        )
     except Exception as error:
         raise ValueError(f"the weights of {name} can't be read: {' '.join(str(error).split())[:200]}") from None
     if missing := sorted(told["missing_keys"]):
         raise ValueError(f"{name} lacks weights: {', '.join(missing)[:200]}")
-    words = getattr(theirs, "lightning_gpt", None) or (
-        tokenizer_in(folder, config.vocab_size) if folder.is_dir() else {}
-    )
-    return config, our_names(model.float().state_dict(), transposed=True), words
+    weights, words = our_names(model.float().state_dict(), transposed=True), getattr(theirs, "lightning_gpt", None)
+    if words is not None and not isinstance(words, dict):
+        raise ValueError(f"{name}/config.json has lightning_gpt={short(words)}")
+    if not words and folder.is_dir():
+        words, order = tokenizer_in(folder, config.vocab_size)
+        if order != list(range(config.vocab_size)):
+            say(f"the token ids of {name} are put in another order: bytes, then merges, then what is no text")
+            for matrix in "wte.weight", "lm_head.weight":
+                weights[matrix] = weights[matrix][order]
+    return config, weights, words or {}
 
 
-def tokenizer_in(folder: Path, size: int) -> dict:
-    """The settings of the byte pairs in a folder of transformers', or nothing if it has none, or has others."""
+def tokenizer_in(folder: Path, size: int) -> tuple[dict, list[int]]:
+    """The byte pairs in a folder of transformers': their settings, and their ids in the order of our own.
+
+    Where it has others, that is said, and there are no settings.
+    """
+    file, as_it_is = folder / "merges.txt", list(range(size))
     try:
-        if (folder / "merges.txt").exists():
-            lines = (folder / "merges.txt").read_text("utf-8").split("\n")
+        if file.exists():
+            lines = file.read_text("utf-8").split("\n")
             merges = "\n".join(line for line in lines if line and not line.startswith("#version"))
-            ids = json.loads((folder / "vocab.json").read_text("utf-8"))
+            file = folder / "vocab.json"
+            ids = json.loads(file.read_text("utf-8"))
         else:
-            told = json.loads((folder / "tokenizer.json").read_text("utf-8"))
+            file = folder / "tokenizer.json"
+            if not file.exists():
+                return {}, as_it_is
+            told = json.loads(file.read_text("utf-8"))
             if told["pre_tokenizer"]["type"] != "ByteLevel" or told["pre_tokenizer"].get("add_prefix_space"):
-                return {}
+                raise ValueError("it does not cut texts into words as GPT-2 does")
+            if told.get("normalizer"):
+                raise ValueError("it changes texts before it reads them")
             pairs, ids = told["model"]["merges"], told["model"]["vocab"]
             merges = "\n".join(pair if isinstance(pair, str) else " ".join(pair) for pair in pairs)
         tokens = BPETokenizer(merges, size).tokens
-    except (OSError, ValueError, KeyError, TypeError):
-        return {}
-    if any(ids.get(token) != i for i, token in enumerate(tokens)):
-        return {}
-    return {"tokenizer": "bpe", "vocabulary": merges, "unknown": "error", "token_kinds": size}
+        order = [ids[token] for token in tokens]
+        if any(type(i) is not int or not 0 <= i < size for i in order) or len({*order}) < len(order):
+            raise ValueError("its ids are not those of the net")
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        why = f"no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())[:150]
+        say(f"the tokenizer in {file} is none that can be taken along ({why}): the net's token ids stay numbers")
+        return {}, as_it_is
+    rest = sorted({*as_it_is} - {*order})  # special tokens, which no text has
+    return {"tokenizer": "bpe", "vocabulary": merges, "unknown": "error", "token_kinds": size}, order + rest
 
 
 class PlainUnpickler(pickle.Unpickler):
@@ -228,7 +256,7 @@ def from_nanogpt(path: Path, meta: str | None) -> tuple[GPTConfig, dict[str, Ten
     if not path.is_file():
         raise FileNotFoundError(f"the file {path} does not exist: give nanogpt:FILE, the ckpt.pt of its out_dir")
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
+        saved = checkpoint.read_plain(path.read_bytes())
         args, weights = dict(saved["model_args"]), our_names(saved["model"], transposed=False)
         config = GPTConfig(
             **{name: args[name] for name in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd")},
@@ -270,11 +298,12 @@ def from_safetensors(path: Path) -> tuple[GPTConfig, dict[str, Tensor], dict]:
             weights = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         names = {field.name for field in fields(GPTConfig)}
         config = GPTConfig(**{name: value for name, value in told["model"].items() if name in names})
+        words = {str(name): value for name, value in told["data"].items()}
     except KeyError:
         raise ValueError(f"{path} does not say what net its weights are of: only files of our export do") from None
     except Exception as error:
         raise ValueError(f"{path} is no safetensors file of ours: {' '.join(str(error).split())[:200]}") from None
-    return config, our_names(weights, transposed=False), told["data"]
+    return config, our_names(weights, transposed=False), words
 
 
 # --- export -----------------------------------------------------------------------------------------------------------
@@ -293,7 +322,9 @@ def export(to: Literal["safetensors", "hf", "onnx"], ckpt_path: str = "best", ou
     net, tokenizer = checkpoint.load(source)
     if not isinstance(net, GPT):
         raise ValueError(f"the checkpoint {source} is a rung of the lecture, which no other program knows")
-    path = Path(output or {"hf": "gpt_hf"}.get(to, f"gpt.{to}"))
+    path = Path(os.path.realpath(output or {"hf": "gpt_hf"}.get(to, f"gpt.{to}")))  # a link stays one
+    for file in path / "model.safetensors" if to == "hf" else path, path.with_name(f"{path.name}.data"):
+        checkpoint.refuse_special(file)
     path.parent.mkdir(parents=True, exist_ok=True)
     told = json.dumps({"model": asdict(net.config), "data": described(tokenizer)})
     if to == "safetensors":
@@ -303,7 +334,7 @@ def export(to: Literal["safetensors", "hf", "onnx"], ckpt_path: str = "best", ou
     else:
         to_onnx(net, path, told)
     size = sum(p.numel() for p in net.parameters()) / 1e6
-    print(f"{size:.2f}M parameters of {source} in {path}")
+    print(f"{size:.2f}M parameters of {source} in {os.path.relpath(path)}")
 
 
 def write_safetensors(weights: dict[str, Tensor], tied: bool, path: Path, metadata: dict[str, str]) -> None:

@@ -1,20 +1,42 @@
-"""What configs, flags and a checkpoint say of a run, before anything is built. Plain Python."""
+"""What configs, flags and a checkpoint say of a run, before anything is built."""
 
 import dataclasses
+import itertools
+import math
 import os
 import re
+from inspect import signature
 from pathlib import Path
+from typing import Any
 
+import torch
 import yaml
+from torch import Tensor
 
 from .checkpoint import ROOT
+from .contents import LARGEST, is_number, short
+from .data import TinyShakespeare
 from .model import GPTConfig
+from .tokenizer import REPLACEMENT
+from .training import LanguageModel
 
 CONFIGS = Path(__file__).parent / "configs"
 # what may differ from the checkpoint: in fit all but what the weights were shaped by, else only what changes no figure
 SIZES = {field.name for field in dataclasses.fields(GPTConfig)} | {"rung"}
-FIXED_IN_FIT = SIZES - {"dropout", "ngram_dropout"} | {"vocabulary", "tokenizer", "init_from", "freeze"}
+FIXED_IN_FIT = SIZES - {"dropout", "ngram_dropout"} | {"vocabulary", "tokenizer", "init_from", "freeze", "optimizer"}
 FREE_IN_VALIDATE = {"corpus", "tokens", "batch_size", "compile", "renamed_copies", "seed", "unknown"}
+# what a run may take from a checkpoint: settings that no class is imported for and no file is written by
+FROM_TRAINER = set(
+    "accelerator strategy devices num_nodes precision max_steps min_steps max_epochs min_epochs max_time "
+    "limit_train_batches limit_val_batches limit_test_batches overfit_batches val_check_interval "
+    "check_val_every_n_epoch num_sanity_val_steps log_every_n_steps enable_checkpointing enable_progress_bar "
+    "enable_model_summary accumulate_grad_batches gradient_clip_val gradient_clip_algorithm deterministic benchmark "
+    "inference_mode use_distributed_sampler detect_anomaly sync_batchnorm reload_dataloaders_every_n_epochs".split()
+)
+WITH_CLASSES = "callbacks", "logger", "plugins", "profiler", "strategy", "accelerator"  # these may name some
+FROM_SAMPLE = {"prompts", "length", "console_length", "temperature", "top_k", "seed"}
+MOST_EVENTS, MOST_ALIASES, DEEPEST = 20_000, 20, 20  # in a config's YAML
+ENDLESS = r"[-+0-9_:.]{1000,}"  # 1:1:1 is a number to YAML, and takes the square of its length
 
 
 def refuse_nonsense(config) -> None:
@@ -48,25 +70,133 @@ def refuse_nonsense(config) -> None:
             )
 
 
+def read_config(text: str) -> dict:
+    """A config's YAML, as a mapping, in time that its length bounds.
+
+    Raises:
+        ValueError: it is another thing, or it nests or repeats what no config does.
+    """
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    depth, aliases, more = 0, 0, False
+    try:
+        for n, event in enumerate(yaml.parse(text, loader)):
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            aliases += isinstance(event, yaml.AliasEvent)  # each may double what is there
+            bare = event.value if isinstance(event, yaml.ScalarEvent) and not event.style else ""
+            more = n > MOST_EVENTS or depth > DEEPEST or aliases > MOST_ALIASES
+            more = more or bare == "<<" or re.fullmatch(ENDLESS, bare) is not None  # << copies what an alias means
+            if more:
+                break
+        config = None if more else yaml.load(text, loader)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date or a number that is none
+        raise ValueError(f"its YAML can't be read: {' '.join(str(error).split())[:150]}") from None
+    if more:
+        raise ValueError("its YAML has aliases, or more in it than a config has")
+    if not isinstance(config or {}, dict):
+        raise ValueError(f"it is a {type(config).__name__}, not settings by name")
+    return config or {}
+
+
+def part_of(config: dict, name: str) -> dict:
+    part = config.get(name) or {}
+    if not isinstance(part, dict):
+        raise ValueError(f"its {name} is a {type(part).__name__}, not settings by name")
+    return part
+
+
+def is_plain(value: Any) -> bool:
+    """Whether a setting of the Trainer's can have this value without that a class is meant: words and numbers."""
+    if isinstance(value, (list, dict)):  # device numbers, or hours and minutes
+        numbers = value.values() if isinstance(value, dict) else value
+        return len(value) <= 64 and all(map(is_number, numbers))
+    word = isinstance(value, str) and re.fullmatch(r"[a-z0-9_:, -]{1,200}", value) is not None
+    return value is None or isinstance(value, bool) or is_number(value) or value in (math.inf, -math.inf) or word
+
+
+def names_classes(key: str, value: Any) -> bool:
+    """Whether this setting of the Trainer's may name a class to import, or a way to write files."""
+    plain_here = key in FROM_TRAINER and is_plain(value) and not isinstance(value, (list, dict))
+    return key in WITH_CLASSES and value is not None and not plain_here
+
+
 def settings_of_run(saved: dict, command: str) -> dict:
-    """What a checkpoint says of its run, as a config: plain values only, and no class for anybody to import."""
-    run = yaml.safe_load(saved.get("config", "")) or {}
-    trainer = {
-        key: value
-        for key, value in run.get("trainer", {}).items()
-        if key not in ("callbacks", "logger", "plugins", "profiler", "default_root_dir") and not isinstance(value, dict)
-    }
+    """What a checkpoint says of its run, as a config: plain values only, and no class for anybody to import.
+
+    Raises:
+        ValueError: its config text is none, or has a plain setting with a value that it can't have.
+    """
+    run = read_config(saved.get("config", ""))
+    trainer = {}
+    for key, value in part_of(run, "trainer").items():
+        if key not in FROM_TRAINER or names_classes(key, value):
+            continue
+        if not is_plain(value):
+            raise ValueError(f"its trainer.{key} is {short(value)}")
+        trainer[key] = value
+    if type(trainer.get("devices")) is int and trainer["devices"] > (os.cpu_count() or 1):
+        del trainer["devices"]  # of a larger machine; here it would start as many processes
+    if not {"TORCHELASTIC_RUN_ID", "SLURM_JOB_ID", "NODE_RANK"} & os.environ.keys():
+        trainer.pop("num_nodes", None)  # it would wait for the others
     # what older checkpoints say by silence
     model = {"rung": None, "init_from": None, "freeze": 0} | saved["hyper_parameters"]
     data = {"tokenizer": None} | saved["datamodule_hyper_parameters"]
+    for part, made_of in (model, LanguageModel), (data, TinyShakespeare):
+        if unknown := [name for name in part if name not in signature(made_of).parameters]:
+            raise ValueError(f"it has settings that are unknown here: {', '.join(unknown)[:100]}")
+    settings: dict[str, Any] = {}
     if command == "fit":
-        settings = {key: run[key] for key in ("name", "save_every_n_steps", "sample") if key in run}
+        kinds = {"name": str, "save_every_n_steps": int}
+        settings = {key: run[key] for key, kind in kinds.items() if type(run.get(key)) is kind}
+        sample = {key: value for key, value in part_of(run, "sample").items() if key in FROM_SAMPLE}
+        for key, value in sample.items():
+            texts = value if key == "prompts" and isinstance(value, list) else []
+            if not (value is None or is_number(value) or texts and all(isinstance(text, str) for text in texts)):
+                raise ValueError(f"its sample.{key} is {short(value)}")
+        settings |= {"sample": sample} if sample else {}
     else:  # the precision it was trained in gives the very val/loss of that run, and copies are there to train on
-        settings, trainer = {}, {key: trainer[key] for key in ("precision",) if key in trainer}
+        trainer = {key: trainer[key] for key in ("precision",) if key in trainer}
         data = data | {"renamed_copies": 0}
     if data.get("unknown") == "extend":
         data = data | {"unknown": "error"}  # the vocabulary has been extended
     return settings | {"trainer": trainer, "model": model, "data": data, "seed_everything": model["seed"]}
+
+
+def classes_of_run(path: Path, saved: dict, root: str) -> tuple[dict, list[str]]:
+    """The Trainer's settings with classes in them that a run to be resumed had.
+
+    They are taken from the config file in the run's folder, if that lies below `root` or checkpoints/: whoever could
+    write there can run code anyway. From a checkpoint itself no class is taken.
+
+    Returns:
+        these settings, and the names of those that the checkpoint speaks of and no such file has.
+    """
+    told = part_of(read_config(saved.get("config", "")), "trainer")
+    named = {name for key in told if names_classes(name := re.split(r"[.+]", str(key))[0], told[key])}
+    folder, found = path.absolute().parents[1], dict[str, Any]()
+    if path.absolute().parent.name == "checkpoints" and folder.parents[1] in (Path(root).absolute(), ROOT.absolute()):
+        steps = {config: [int(n) for n in re.findall(r"\d+", config.stem)] for config in folder.glob("config*.yaml")}
+        for config in sorted(steps, key=steps.__getitem__)[-1:]:  # of the last time that it was resumed
+            try:
+                own = part_of(read_config(config.read_text()), "trainer")
+            except ValueError as error:
+                raise ValueError(f"{config}: {error}") from None
+            found = {key: value for key, value in own.items() if names_classes(key, value)}
+    return found, sorted(named - found.keys())
+
+
+def as_yaml(settings: dict) -> str:
+    """Settings as a config that each reader of YAML takes to the letter: 1e3, ~ and # are text where they were."""
+    return yaml.dump(plain(settings), Dumper=Quoted)
+
+
+class Quoted(yaml.SafeDumper):
+    """Writes each text between quotes."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+Quoted.add_representer(str, lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"'))
 
 
 def settings_of_weights(saved: dict) -> dict:
@@ -84,11 +214,32 @@ def plain(value):
     return [plain(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
+def take_up_again(config, settings: dict) -> None:
+    """Put what the run made of a null in place of it: its config says null, and the checkpoint what came of that."""
+    for group, key in ("data", "vocabulary"), ("data", "tokenizer"), ("data", "token_kinds"), ("model", "init_from"):
+        if config[group][key] is None:
+            config[group][key] = settings[group].get(key)
+
+
+def refuse_devices(data, settings: dict) -> None:
+    """Raises ValueError if a checkpoint, and nobody else, says to read what is neither a file nor a folder."""
+    for key in "corpus", "tokens":
+        names = data[key] if data[key] == settings["data"].get(key) else None
+        for path in [Path(name.strip()) for name in (names or "").split(",")]:
+            if path.exists() and not path.is_file() and not path.is_dir():
+                raise ValueError(f"data.{key} of the checkpoint is {path}, a device or a pipe: give --data.{key}")
+
+
 def refuse_contradictions(command: str, config, settings: dict, path: Path) -> None:
     """Raises ValueError if a flag or config says otherwise than the checkpoint where the checkpoint must be right."""
     if config.data.unknown == "extend" and (command != "fit" or config.ckpt_path):
         raise ValueError(
             f"data.unknown=extend would change the vocabulary of {path}: start from it by --model.init_from"
+        )
+    characters = (settings["data"].get("tokenizer") or "char") == "char" and settings["data"].get("vocabulary") or ""
+    if config.ckpt_path and config.data.unknown == "replace" and characters and REPLACEMENT not in characters:
+        raise ValueError(
+            f"data.unknown=replace needs a token for the unknown, and the vocabulary of {path} has none: take drop"
         )
     for group in "model", "data":
         for key, value in config[group].items():
@@ -99,6 +250,61 @@ def refuse_contradictions(command: str, config, settings: dict, path: Path) -> N
                 raise ValueError(
                     f"{group}.{key}={given} contradicts the checkpoint {path}, which has {had}: leave it out"
                 )
+
+
+def refuse_unlike(saved: Any, fresh: Any, name: str) -> None:
+    """Raises ValueError unless the counters of a run are all there, and numbers where a fresh run has numbers."""
+    if fresh == {} and saved != {}:
+        raise ValueError(f"{name} is not empty")
+    if isinstance(fresh, dict):
+        for key, value in fresh.items():
+            if not isinstance(saved, dict) or key not in saved:
+                raise ValueError(f"{name}.{key} is missing")
+            refuse_unlike(saved[key], value, f"{name}.{key}")
+    elif isinstance(fresh, float) and type(saved) in (int, float):
+        return
+    elif isinstance(fresh, (bool, int, float)) and (type(saved) is not type(fresh) or not 0 <= saved <= LARGEST):
+        raise ValueError(f"{name} is {short(saved)}")
+
+
+def refuse_unfit_optimizer(states: Any, groups: list[dict]) -> None:
+    """Raises ValueError unless an optimizer's state is one for these parameter groups, tensor by tensor."""
+    saved = states[0] if isinstance(states, list) and len(states) == 1 else None
+    if not isinstance(saved, dict) or not isinstance(saved.get("state"), dict):
+        raise ValueError("it has no state of one optimizer")
+    of_groups = saved.get("param_groups")
+    if not isinstance(of_groups, list) or len(of_groups) != len(groups):
+        raise ValueError(f"its optimizer has not the {len(groups)} groups of parameters that there are now")
+    numbers: list[int] = []
+    for group, fresh in zip(of_groups, groups, strict=True):
+        params = group.get("params") if isinstance(group, dict) else None
+        if not isinstance(params, list) or len(params) != len(fresh["params"]):
+            raise ValueError(f"a group of its optimizer has not the {len(fresh['params'])} parameters that it has now")
+        how = {
+            key: group.get(key) for key in ("amsgrad", "maximize", "differentiable", "foreach", "capturable", "fused")
+        }
+        plain_flags = all(value is None or isinstance(value, bool) for value in how.values())
+        if not plain_flags or how["amsgrad"] or how["maximize"] or how["differentiable"]:
+            raise ValueError("its optimizer is none that this package makes")
+        if how["fused"] and how["foreach"] or how["capturable"] and not how["fused"]:
+            raise ValueError("its optimizer is none that this package makes")
+        for key in "eps", "momentum":
+            if not (is_number(value := group.get(key, 0.0)) and 0 <= value < 1):
+                raise ValueError(f"its optimizer has {key}={short(value)}")
+        if any(type(number) is not int for number in params) or {*params} & {*numbers} or len({*params}) < len(params):
+            raise ValueError("its optimizer's parameters are not numbered each by its own")
+        numbers += params
+        names = {"momentum_buffer"} if fresh.get("muon") else {"step", "exp_avg", "exp_avg_sq"}
+        for number, p in zip(params, fresh["params"], strict=True):
+            moments = saved["state"].get(number, {})
+            if not isinstance(moments, dict) or moments and moments.keys() != names:
+                raise ValueError(f"its optimizer has not {', '.join(sorted(names))} of each parameter")
+            for name, moment in moments.items():
+                shape = torch.Size() if name == "step" else p.shape
+                if not isinstance(moment, Tensor) or not moment.is_floating_point() or moment.shape != shape:
+                    raise ValueError(f"its optimizer's {name} has not the shape {tuple(shape)} of the parameter")
+    if not saved["state"].keys() <= set(numbers):
+        raise ValueError("its optimizer has a state of parameters that are not there")
 
 
 def goes_on_in_its_folder(config, settings: dict, path: Path) -> bool:
@@ -113,6 +319,13 @@ def goes_on_in_its_folder(config, settings: dict, path: Path) -> bool:
         and all(plain(value) == plain(settings["data"].get(key, value)) for key, value in config.data.items())
         and root in (folder.parents[1], ROOT.absolute())
     )
+
+
+def flag_in(args: list[str], flag: str) -> str | None:
+    """What a command line gives for a flag, the last time that it does."""
+    words = [word for arg in args for word in (arg.split("=", 1) if arg.startswith(f"{flag}=") else [arg])]
+    given = [value for word, value in itertools.pairwise(words) if word == flag and value != "null"]
+    return given[-1] if given else None
 
 
 def named_configs(args: list[str]) -> list[str]:

@@ -14,14 +14,11 @@ from . import text as texts
 from .files import write_whole
 from .lecture import Rung
 from .model import GPT
+from .reading import say
 from .text import SHIPPED, Text, Tokenizer
 
 LOOKED_AT = 50  # newest best.ckpt among which a better one is named
 RULE = "\n" + "-" * 40 + "\n"  # between two samples
-
-
-def say(line: str) -> None:
-    print(f"lightning-gpt: {line}", file=sys.stderr, flush=True)
 
 
 def read(file: str, tokenizer: Tokenizer) -> str:

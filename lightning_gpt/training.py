@@ -399,7 +399,9 @@ class LanguageModel(L.LightningModule):
                 if net is not None:
                     net.load_state_dict(weights)
 
-    def on_load_checkpoint(self, checkpoint: dict) -> None:
+    def on_load_checkpoint(self, saved: dict) -> None:
+        checkpoint.unshrink(saved)
+        saved["state_dict"] = self.with_average(saved["state_dict"])
         if self._trainer and self._trainer.precision == "64-true":
             self.double()  # Lightning does so after it has put the weights in, which would round them
         if loops := checkpoint.get("loops", {}).get("fit_loop"):
@@ -414,8 +416,17 @@ class LanguageModel(L.LightningModule):
                     for progress in epochs.values():
                         progress["processed"] = progress["completed"] = progress["ready"] - 1
 
+    def with_average(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Weights for this module: where only one of both keeps an average, it starts from the weights, or ends."""
+        has = any(name.startswith("average.") for name in weights)
+        if has and self.average is None:
+            return {name: w for name, w in weights.items() if not name.startswith("average.")}
+        if self.average is None or has:
+            return weights
+        return weights | {name.replace("net.", "average.", 1): w for name, w in weights.items()}
+
     def configure_model(self) -> None:
-        if isinstance(self.trainer.strategy, Shards):
+        if self._trainer and isinstance(self._trainer.strategy, Shards):
             if self.hparams.rung:
                 raise ValueError(f"model.rung={self.hparams.rung} is too small to share out: leave shards out")
             for net in self.net, self.average:

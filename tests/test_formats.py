@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import pickle
 import resource
 import signal
@@ -12,7 +13,7 @@ import torch
 from conftest import MODERN, TINY, T, V, loud
 
 from lightning_gpt import checkpoint
-from lightning_gpt.formats import described
+from lightning_gpt.formats import described, tokenizer_in
 from lightning_gpt.main import main
 from lightning_gpt.model import GPT, GPTConfig
 from lightning_gpt.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, TokenIds
@@ -279,7 +280,7 @@ def test_code_in_nanogpts_files_does_not_run(tmp_path, fails, monkeypatch):
         (tmp_path / "meta.pkl").write_bytes(pickle.dumps(content))
         assert "meta.pkl is no meta.pkl of nanoGPT's" in fails(*ask)
     (tmp_path / "meta.pkl").write_bytes(pickle.dumps({"itos": {0: "a", 1: "b"}}))
-    assert "17 token ids, and its vocabulary has 2" in fails(*ask)
+    assert "the vocabulary has 2 tokens, and the net has 17" in fails(*ask)
     nanogpt(tmp_path, V, bias=True, config=Bomb())
     told = fails(*ask)
     assert "no checkpoint of nanoGPT's that can be read as plain data: Unsupported" in told and "`False`" not in told
@@ -346,3 +347,145 @@ def test_token_files_have_bits_per_character_only_where_their_tokenizer_is_named
         main(["fit", *TINY, *data, *more])
         main(["validate", f"--ckpt_path={sorted(tmp_path.rglob('last.ckpt'))[-1]}"])
         assert ("val/bpc" in capsys.readouterr().out) == known
+
+
+# --- files of strangers -----------------------------------------------------------------------------------------------
+
+
+def other_order(folder, tokenizer, special):
+    """The same byte pairs with special tokens first and other ids, as tokenizers' trainers make them."""
+    lib = pytest.importorskip("tokenizers")
+    tokens = [*special, *sorted(tokenizer.tokens)]
+    engine = lib.Tokenizer(lib.models.BPE({token: i for i, token in enumerate(tokens)}, tokenizer.pairs))
+    engine.pre_tokenizer = lib.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    engine.save(str(folder / "tokenizer.json"))
+    return engine
+
+
+@pytest.mark.parametrize("how", [{}, {"tie_word_embeddings": False}], ids=["tied", "untied"])
+def test_byte_pairs_with_special_tokens_first_are_the_same_function_of_the_text(tmp_path, capsys, how):
+    tokenizer = BPETokenizer(MERGES)
+    theirs = hugging_face(tmp_path, vocab_size=len(tokenizer) + 2, **how)
+    engine = other_order(tmp_path, tokenizer, ["<s>", "<pad>"])
+    main(["import", f"--from=hf:{tmp_path}", f"--output={tmp_path}/one.ckpt"])
+    assert "put in another order" in capsys.readouterr().err
+    (net, ours), text = checkpoint.load(tmp_path / "one.ckpt"), "the pale ï"
+    logits, wanted = net(ours.encode(text)[None]), theirs(torch.tensor([engine.encode(text).ids])).logits
+    of_theirs = [engine.token_to_id(token) for token in ours.tokens] + [0, 1]
+    torch.testing.assert_close(logits, wanted[..., of_theirs], rtol=0, atol=1e-5)
+
+
+def test_a_tokenizer_that_can_not_come_along_is_said_and_what_comes_next_works(tmp_path, capsys, token_files):
+    tokenizer = BPETokenizer(MERGES)
+    hugging_face(tmp_path, vocab_size=300)
+    other_order(tmp_path, tokenizer, [])
+    good = json.loads((tmp_path / "tokenizer.json").read_text())
+    ids = {token: i + 999 for token, i in good["model"]["vocab"].items()}
+    for spoiled, message in (
+        (good | {"normalizer": {"type": "NFC"}}, "it changes texts before"),
+        (good | {"model": good["model"] | {"vocab": {}}}, "(no '!')"),
+        (good | {"model": good["model"] | {"vocab": ids}}, "its ids are not those of the net"),
+        ([], "list indices"),
+        ({}, "no 'pre_tokenizer'"),
+    ):
+        (tmp_path / "tokenizer.json").write_text(json.dumps(spoiled))
+        assert tokenizer_in(tmp_path, 300) == ({}, list(range(300)))
+        told = capsys.readouterr().err
+        assert f"{tmp_path}/tokenizer.json" in told and message in told and "stay numbers" in told
+    (tmp_path / "tokenizer.json").write_text(json.dumps(good | {"pre_tokenizer": {"type": "Whitespace"}}))
+    main(["import", f"--from=hf:{tmp_path}", f"--output={tmp_path}/one.ckpt"])
+    told = capsys.readouterr()
+    assert "does not cut texts into words as GPT-2 does" in told.err
+    *_, generate, fit = told.out.strip().splitlines()
+    main([*generate.split()[generate.split().index("generate") :], "--max_new_tokens=3"])
+    words = fit.replace("train.bin,val.bin", token_files).split()
+    small = ["--trainer.max_steps=1", "--trainer.accelerator=cpu", "--sample.length=0"]
+    main([*words[words.index("fit") :], *small, f"--trainer.default_root_dir={tmp_path}/run"])
+
+
+def test_no_code_of_a_folder_runs(tmp_path, fails, monkeypatch):
+    transformers = pytest.importorskip("transformers")
+    hugging_face(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "evil.py").write_text("open('bomb', 'w')\nfrom transformers import GPT2Config as Evil")
+    monkeypatch.chdir(tmp_path)
+    asked = []
+    monkeypatch.setattr("builtins.input", lambda *_: asked.append(1) or "yes")  # as somebody in a hurry would
+    for kind in "gpt2", "evil":
+        more = {"model_type": kind, "auto_map": {"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil"}}
+        (tmp_path / "config.json").write_text(json.dumps(config | more))
+        if kind == "gpt2":
+            main(["import", f"--from=hf:{tmp_path}", f"--output={tmp_path}/one.ckpt"])
+        else:
+            assert "config.json" in fails("import", f"--from=hf:{tmp_path}", f"--output={tmp_path}/one.ckpt")
+    assert not (tmp_path / "bomb").exists() and not asked and transformers
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"n_layer": 10**8}, "config.json says n_layer=100000000"),
+        ({"n_embd": 2**40, "n_head": 2**40}, "weights hold less than that takes"),
+        ({"n_layer": "many"}, "config.json"),
+        ({"resid_pdrop": [1]}, "config.json"),
+        ({"lightning_gpt": 3}, "config.json has lightning_gpt=3"),
+        (
+            {"lightning_gpt": {"tokenizer": "char", "vocabulary": "ab"}},
+            "the vocabulary has 2 tokens, and the net has 17",
+        ),
+        ({"lightning_gpt": {"tokenizer": "char", "vocabulary": [1]}}, "the tokenizer is 'char'"),
+        (None, "config.json"),
+    ],
+    ids=str,
+)
+def test_a_config_json_that_is_wrong_is_named(tmp_path, fails, change, message):
+    hugging_face(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text("{" if change is None else json.dumps(config | change))
+    told = fails("import", f"--from=hf:{tmp_path}", f"--output={tmp_path}/one.ckpt")
+    assert message in told and str(tmp_path) in told and not (tmp_path / "one.ckpt").exists()
+
+
+@pytest.mark.parametrize(
+    "model, data",
+    [
+        ({"n_layer": 10**8}, {}),
+        ({"n_layer": "3"}, {}),
+        ({"vocab_size": 2**62}, {}),
+        ({"dropout": None}, {}),
+        ([], {}),
+        ({}, []),
+        ({}, None),
+        ({}, {"vocabulary": 5, "tokenizer": "char"}),
+        ({}, {"tokenizer": "char", "vocabulary": "abc"}),
+        ({}, {"tokenizer": {"class_path": "evil.Evil"}}),
+    ],
+    ids=str,
+)
+def test_safetensors_whose_metadata_are_wrong_are_refused(tmp_path, fails, model, data):
+    save_file = pytest.importorskip("safetensors.torch").save_file
+    net = save(tmp_path / "one.ckpt", TokenIds(V))
+    told = {"model": net.config.__dict__ | model if isinstance(model, dict) else model, "data": data}
+    save_file(dict(net.state_dict()), tmp_path / "x", {"lightning_gpt": json.dumps(told)})
+    assert f"{tmp_path}/x" in fails("import", f"--from=safetensors:{tmp_path}/x", f"--output={tmp_path}/two.ckpt")
+    assert not (tmp_path / "two.ckpt").exists()
+
+
+def test_only_regular_files_are_replaced_and_links_stay(tmp_path, fails, ckpt):
+    pytest.importorskip("safetensors")
+    os.mkfifo(pipe := tmp_path / "pipe")  # as /dev/null, which this would cost
+    for command in (
+        ["shrink", f"--ckpt_path={ckpt}"],
+        ["import", f"--from=hf:{tmp_path}"],
+        ["export", "--to=safetensors", f"--ckpt_path={ckpt}"],
+        ["export", "--to=onnx", f"--ckpt_path={ckpt}"],
+    ):
+        assert f"{pipe} can't be written: it is a device or a pipe" in fails(*command, f"--output={pipe}")
+    with pytest.raises(OSError, match="a device or a pipe"):
+        checkpoint.write({}, pipe)
+    assert pipe.is_fifo()
+    (tmp_path / "link").symlink_to(tmp_path / "file")
+    (tmp_path / "file").write_text("old")
+    main(["shrink", f"--ckpt_path={ckpt}", f"--output={tmp_path}/link"])
+    main(["export", "--to=safetensors", f"--ckpt_path={tmp_path}/link", f"--output={tmp_path}/link"])
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "file").read_bytes()[8:20].startswith(b"{")

@@ -264,7 +264,7 @@ def test_the_next_save_tries_again(tmp_path):
     path.rmdir()
     io.save_checkpoint(saved | {"global_step": 2}, path)
     io.teardown()
-    assert not io.failed and checkpoint.read_strictly(path)["global_step"] == 2
+    assert not io.failed and torch.load(path, weights_only=True)["global_step"] == 2
     assert [file.name for file in tmp_path.iterdir()] == ["last.ckpt"]  # and no draft
 
 
@@ -279,7 +279,7 @@ def test_what_is_written_is_what_was_there_when_it_was_asked_for(tmp_path):
         weight.fill_(-1)
     io.teardown()
     for step in range(20):
-        assert (checkpoint.read_strictly(tmp_path / f"{step}")["state_dict"]["w"] == step).all()
+        assert (torch.load(tmp_path / f"{step}", weights_only=True)["state_dict"]["w"] == step).all()
 
 
 @pytest.mark.parametrize("every, interval", [(1, 3), (3, 1), (2, 2), (0, 4), (5, 100)])

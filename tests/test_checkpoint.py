@@ -1,0 +1,620 @@
+"""A checkpoint is a stranger's file: well-formed or not, it runs no code, hangs nothing and ends in one sentence."""
+
+import io
+import itertools
+import math
+import os
+import random
+import re
+import shutil
+import struct
+import time
+import warnings
+import zipfile
+from collections import Counter
+from contextlib import suppress
+from copy import deepcopy
+from pathlib import Path
+
+import lightning as L
+import pytest
+import torch
+import yaml
+from conftest import TINY
+
+from lightning_gpt import checkpoint, cli
+from lightning_gpt.contents import FLOATS
+from lightning_gpt.data import TinyShakespeare
+from lightning_gpt.generation import generate
+from lightning_gpt.main import main
+from lightning_gpt.settings import (
+    FROM_TRAINER,
+    as_yaml,
+    classes_of_run,
+    is_plain,
+    names_classes,
+    plain,
+    refuse_unfit_optimizer,
+    refuse_unlike,
+    settings_of_run,
+)
+from lightning_gpt.tokenizer import BPETokenizer
+from lightning_gpt.training import LanguageModel
+
+
+@pytest.fixture
+def saved(run):
+    """All that the last checkpoint of a run holds, to be changed."""
+    return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+
+
+def put(saved, path, value):
+    """Set what stands under keys one in the other; `...` takes the key away."""
+    *above, last = path
+    for key in above:
+        saved = saved[key]
+    if value is ...:
+        del saved[last]
+    else:
+        saved[last] = value
+
+
+W = "state_dict", "net.wte.weight"
+MODEL, DATA = "hyper_parameters", "datamodule_hyper_parameters"
+
+
+def quantized(w):
+    with warnings.catch_warnings(action="ignore"):  # torch is about to drop them
+        return torch.quantize_per_tensor(w, 0.1, 0, torch.qint8)
+
+
+# --- what a file says of itself ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "path, value, message",
+    [
+        ((MODEL, "n_layer"), 100_000_000, "n_layer=100000000 takes more weights than"),
+        ((MODEL, "vocab_size"), 2**62, "vocab_size"),
+        ((MODEL, "vocab_size"), 2**40, "net.wte.weight is (32, 16), and the settings make it (1099511627776, 16)"),
+        ((MODEL, "n_embd"), "16", "n_embd is '16'"),
+        ((MODEL, "n_embd"), True, "n_embd is True"),
+        ((MODEL, "dropout"), math.nan, "model.dropout"),
+        ((MODEL, "position"), "sideways", "position is 'sideways'"),
+        ((MODEL, "rung"), ["gpt"], "rung"),
+        ((MODEL, "seed"), ..., "seed is None"),
+        ((MODEL, "ema_decay"), 0.9, "the weight average.wte.weight is missing"),
+        ((MODEL, "tie_embeddings"), True, "the head is tied to the embedding, and differs"),
+        ((MODEL, "betas"), {"class_path": "evil.Evil"}, "model.betas"),
+        ((MODEL, "ngram"), 10**9, "ngram=1000000000"),
+        ((DATA, "vocabulary"), "abc", "the vocabulary has 3 tokens, and the net has 32"),
+        ((DATA, "vocabulary"), "a" * 32, "a character twice"),
+        ((DATA, "vocabulary"), None, "without a vocabulary"),
+        ((DATA, "vocabulary"), "\ud800" + "a" * 31, "half a character"),
+        ((DATA, "tokenizer"), "words", "the tokenizer is 'words'"),
+        ((DATA, "unknown"), 3, "data.unknown is 3"),
+        ((DATA, "renamed_copies"), 10**9, "data.renamed_copies is 1000000000"),
+        (("state_dict", 5), torch.zeros(1), "the weight 5 is none"),
+        (("state_dict", "net.lm_head.weight"), ..., "the weight net.lm_head.weight is missing"),
+        (W, torch.zeros(32, 17), "net.wte.weight is (32, 17)"),
+        (W, torch.zeros(32, 16, dtype=torch.int64), "no tensor of floating-point numbers"),
+        (W, torch.full((32, 16), math.nan), "no numbers"),
+        (W, torch.zeros(32, 16).to_sparse(), "torch._utils._rebuild_sparse_tensor"),
+        (W, torch.zeros(32, 16, device="meta"), "_rebuild_meta_tensor"),
+        (W, quantized(torch.zeros(32, 16)), "_rebuild_qtensor"),
+        (W, torch.zeros(1, 1).expand(10**6, 10**6), "hold more than its bytes"),
+        (W, "hello", "no tensor"),
+        (("scales",), {"net.wte.weight": torch.ones(3)}, "not one number for each row"),
+        (("scales",), ["net.wte.weight"], "not one number for each row"),
+        (("global_step",), -1, "global_step is -1"),
+        (("epoch",), [0], "epoch is a list"),
+        (("val_loss",), "low", "val_loss is 'low'"),
+        (("config",), {"trainer": {}}, "the config is no text"),
+        (("pytorch-lightning_version",), ..., "pytorch-lightning_version is None"),
+        (("pytorch-lightning_version",), "1.0.0", "pytorch-lightning_version is '1.0.0'"),
+        (("anything",), bytearray(9), "bytearray"),
+        (("anything",), 2**70, "a number of 71 bits"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_a_file_that_contradicts_itself_is_refused_in_one_sentence(saved, tmp_path, path, value, message):
+    put(saved, path, value)
+    checkpoint.write(saved, tmp_path / "x.ckpt")
+    with pytest.raises(ValueError) as error:
+        checkpoint.read_strictly(tmp_path / "x.ckpt")
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_what_nests_without_end_is_refused(saved, tmp_path):
+    for loop in [], {}:
+        deep = loop
+        for _ in range(60):
+            deep = [deep, deep]  # 2^60 ways through it, in a few bytes
+        loop.append(loop) if isinstance(loop, list) else loop.update(self=loop)
+        for value in loop, deep:
+            checkpoint.write(saved | {"anything": value}, tmp_path / "x.ckpt")
+            with pytest.raises(ValueError, match="nests deeper"):
+                checkpoint.read_strictly(tmp_path / "x.ckpt")
+
+
+def archive(entries, compression=zipfile.ZIP_STORED):
+    file = io.BytesIO()
+    with zipfile.ZipFile(file, "w", compression) as archive:
+        for name, content in entries:
+            archive.writestr(name, content)
+    return file.getvalue()
+
+
+def test_an_archive_that_swells_is_not_unpacked(saved, tmp_path):
+    checkpoint.write(saved, path := tmp_path / "x.ckpt")
+    with zipfile.ZipFile(path) as good:
+        entries = [(name, good.read(name)) for name in good.namelist()]
+    twice = [*entries, ("other/data.pkl", entries[0][1])]
+    bomb = archive([*entries, ("archive/data/99", bytes(10**8))], zipfile.ZIP_DEFLATED)
+    plain = archive(entries)
+    at = plain.rindex(b"PK\1\2")  # the last entry of the table says that it is larger
+    lies = plain[: at + 20] + struct.pack("<II", 2**31, 2**31) + plain[at + 28 :]
+    for data in bomb, archive(twice), lies, b"before" + plain:
+        path.write_bytes(data)
+        with pytest.raises(ValueError, match="can't be read as plain data|no complete archive"):
+            checkpoint.read_strictly(path)
+    path.write_bytes(plain)
+    with pytest.raises(ValueError, match="its checksum is missing"):  # else it would be good
+        checkpoint.read_strictly(path)
+
+
+def test_a_tied_net_and_byte_pairs_are_what_they_say(saved, tmp_path):
+    merges = BPETokenizer.merges_of(["# ## ### the the the"] * 9, 260)
+    tied = deepcopy(saved)
+    tied["state_dict"] |= {f"net.{name}.weight": torch.zeros(264, 16) for name in ("wte", "lm_head")}
+    tied[MODEL] |= {"vocab_size": 264, "tie_embeddings": True}
+    tied[DATA] |= {"tokenizer": "bpe", "vocabulary": merges}
+    checkpoint.write(tied, tmp_path / "x.ckpt")
+    net, tokenizer = checkpoint.load(tmp_path / "x.ckpt")
+    assert net.lm_head.weight is net.wte.weight and len(tokenizer) == 264
+
+
+# --- what a file says of its run --------------------------------------------------------------------------------------
+
+EVIL = [{"class_path": "evil.Evil"}]
+SAVER = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": {"dirpath": "elsewhere"}}
+
+
+@pytest.fixture
+def hostile(saved, tmp_path, monkeypatch):
+    """Writes a checkpoint whose config is changed, in a folder where a module waits to be imported."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "evil.py").write_text("from lightning import Callback\nopen('bomb', 'w')\nclass Evil(Callback): ...")
+
+    def hostile(change):
+        config = yaml.safe_load(saved["config"])
+        checkpoint.write(
+            saved | {"config": change if isinstance(change, str) else yaml.safe_dump(change(config))}, "x.ckpt"
+        )
+        return checkpoint.read("x.ckpt")
+
+    return hostile
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("callbacks", EVIL),
+        ("callbacks+", EVIL),
+        ("callbacks.class_path", "evil.Evil"),
+        ("callbacks+", SAVER),
+        ("plugins+", EVIL),
+        ("plugins", "evil.Evil"),
+        ("logger+", EVIL),
+        ("logger.class_path", "evil.Evil"),
+        ("logger", "evil.Evil"),
+        ("profiler", {"class_path": "evil.Evil"}),
+        ("profiler", "advanced"),
+        ("strategy", "evil.Evil"),
+        ("strategy", EVIL[0]),
+        ("strategy", {"accelerator": 1}),
+        ("num_nodes", 7),
+        ("accelerator", EVIL),
+        ("default_root_dir", "elsewhere"),
+        ("barebones", True),
+        ("evil.Evil", 1),
+        (7, EVIL),
+    ],
+    ids=str,
+)
+def test_no_setting_in_a_checkpoint_names_a_class_or_a_place(hostile, key, value):
+    saved = hostile(lambda config: config | {"trainer": config["trainer"] | {key: value}})
+    for command in "fit", "validate":
+        trainer = settings_of_run(saved, command)["trainer"]
+        assert set(trainer) <= FROM_TRAINER and all(map(is_plain, trainer.values()))
+    assert classes_of_run(Path("x.ckpt"), saved, ".")[0] == {}
+
+
+def test_classes_in_a_checkpoint_are_not_imported_and_that_is_said(hostile, capsys):
+    keys = "callbacks+", "callbacks.class_path", "plugins+", "logger+"
+    hostile(lambda config: config | {"trainer": config["trainer"] | {key: deepcopy(EVIL) for key in keys}})
+    capsys.readouterr()
+    main(["fit", "--ckpt_path=x.ckpt", "--trainer.max_steps=6"])
+    assert not Path("bomb").exists() and not Path("elsewhere").exists()
+    assert capsys.readouterr().err.startswith("lightning-gpt: the run had trainer.callbacks and trainer.logger and ")
+
+
+BOMB = "a: &a [1, 1]\n" + "".join(
+    f"{b}: &{b} [*{a}, *{a}]\n" for a, b in itertools.pairwise("abcdefghijklmnopqrstuvwxyz")
+)
+
+
+@pytest.mark.parametrize(
+    "config, message",
+    [
+        (BOMB, "aliases"),
+        ("trainer: " + "[" * 5000, "more in it than a config has"),
+        ("trainer: [" + "1," * 20_000 + "]", "more in it than a config has"),
+        ("trainer: {max_steps: 0x" + "9" * 5000 + "}", "its trainer.max_steps is a number of 20000 bits"),
+        ("trainer: {max_steps: 2020-99-99}", "can't be read"),
+        ("trainer: {max_steps: [", "can't be read"),
+        ("a: &a {b: 1}\nc: {<<: *a}", "more in it than a config has"),
+        ("trainer:\n  max_steps: " + "1:" * 900 + "1", "more in it than a config has"),
+        ("trainer: !!python/object/apply:os.system [touch bomb]", "can't be read"),
+        ("- a\n- b", "it is a list"),
+        ("trainer: 5", "its trainer is a int"),
+        ("sample: [5]", "its sample is a list"),
+        ("sample: {prompts: [5]}", "its sample.prompts is a list"),
+        ("trainer: {max_steps: evil.Evil}", "its trainer.max_steps is 'evil.Evil'"),
+        ("trainer: {max_steps: 2020-01-01}", "its trainer.max_steps"),
+        ("trainer: {max_steps: .nan}", "its trainer.max_steps"),
+    ],
+    ids=lambda text: text[:30],
+)
+def test_a_config_text_that_is_none_is_refused_in_a_moment(hostile, fails, config, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        settings_of_run(hostile(config), "fit")
+    if config in (BOMB, "- a\n- b"):
+        for command in "fit", "validate":
+            assert message in fails(command, "--ckpt_path=x.ckpt")
+    assert not Path("bomb").exists()
+
+
+def test_what_a_run_can_be_told_comes_along(hostile, monkeypatch):
+    told = {"max_time": "00:12:00:00", "devices": [0, 1], "gradient_clip_val": math.inf, "precision": "bf16-mixed"}
+    told |= {"deterministic": "warn", "limit_val_batches": 0.5, "val_check_interval": 3, "strategy": "shards"}
+    saved = hostile(lambda config: config | {"trainer": told | {"num_nodes": 2, "max_steps": None}})
+    assert settings_of_run(saved, "fit")["trainer"] == told | {"max_steps": None}
+    monkeypatch.setenv("SLURM_JOB_ID", "1")
+    assert settings_of_run(saved, "fit")["trainer"]["num_nodes"] == 2
+
+
+def test_a_device_that_only_the_checkpoint_names_is_not_read(saved, tmp_path, fails):
+    os.mkfifo(pipe := tmp_path / "pipe")
+    saved[DATA]["corpus"] = f"{tmp_path}/none,{pipe}"
+    checkpoint.write(saved, tmp_path / "x.ckpt")
+    assert f"{pipe}, a device or a pipe" in fails("validate", f"--ckpt_path={tmp_path}/x.ckpt")
+
+
+def test_token_files_of_another_vocabulary_are_refused_before_a_checkpoint_is(token_files):
+    how = dict(tokens=token_files, block_size=4, tokenizer="char", vocabulary="aab")
+    with pytest.raises(ValueError, match="data.token_kinds=300, and data.vocabulary has 2 tokens"):
+        TinyShakespeare(**how, token_kinds=300)
+
+
+def test_a_setting_that_no_class_here_has_is_refused(saved):
+    saved[MODEL]["callbacks"] = 3
+    with pytest.raises(ValueError, match="unknown here: callbacks"):
+        settings_of_run(saved, "fit")
+
+
+STATE = "optimizer_states", 0
+IN_GROUP = *STATE, "param_groups", 0
+IN_LOOP = "loops", "fit_loop"
+
+
+@pytest.mark.parametrize(
+    "path, value, message",
+    [
+        (("loops",), {}, "loops.fit_loop is missing"),
+        ((*IN_LOOP, "epoch_progress", "total"), 7, "loops.fit_loop.epoch_progress.total.ready is missing"),
+        ((*IN_LOOP, "epoch_progress", "total", "ready"), -1, "loops.fit_loop.epoch_progress.total.ready is -1"),
+        ((*IN_LOOP, "epoch_progress", "total", "ready"), "1", "loops.fit_loop.epoch_progress.total.ready is '1'"),
+        ((*IN_LOOP, "state_dict"), {"combined_loader": 3}, "loops.fit_loop.state_dict is not empty"),
+        (("optimizer_states",), {}, "no state of one optimizer"),
+        ((*STATE, "param_groups"), [], "has not the 2 groups"),
+        ((*IN_GROUP, "params"), [0], "has not the 7 parameters"),
+        ((*IN_GROUP, "params"), [0] * 7, "not numbered each by its own"),
+        ((*IN_GROUP, "params"), [[]] * 7, "not numbered each by its own"),
+        ((*IN_GROUP, "eps"), "small", "its optimizer has eps='small'"),
+        ((*IN_GROUP, "amsgrad"), True, "none that this package makes"),
+        ((*IN_GROUP, "fused"), "yes", "none that this package makes"),
+        ((*STATE, "state", 0, "exp_avg"), torch.zeros(3), "exp_avg has not the shape (32, 16)"),
+        ((*STATE, "state", 0, "exp_avg"), "none", "exp_avg has not the shape (32, 16)"),
+        ((*STATE, "state", 0), {"momentum_buffer": torch.zeros(32, 16)}, "has not exp_avg, exp_avg_sq, step"),
+        ((*STATE, "state", 99), {}, "parameters that are not there"),
+    ],
+    ids=str,
+)
+def test_a_state_that_training_can_not_go_on_from_is_refused(saved, path, value, message):
+    loops, groups = deepcopy(saved["loops"]), LanguageModel(**saved[MODEL]).parameter_groups()
+    put(saved, path, value)
+    with pytest.raises(ValueError) as error:
+        refuse_unlike(saved["loops"], loops, "loops")
+        refuse_unfit_optimizer(saved["optimizer_states"], groups)
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "path, value, message",
+    [
+        (("loops",), ..., "loops.fit_loop is missing"),
+        (("global_step",), 3, "its optimizer has taken 5 steps, and the file says 3"),
+        (("lr_schedulers",), ..., "no lr_schedulers"),
+        (("callbacks",), [1], "its callbacks have no names"),
+        (("callbacks", "Vitals", "best"), "low", "Vitals.best is 'low'"),
+    ],
+    ids=str,
+)
+def test_a_resumed_run_is_refused_before_it_starts(saved, tmp_path, fails, path, value, message):
+    put(saved, path, value)
+    checkpoint.write(saved, tmp_path / "x.ckpt")
+    where = f"--trainer.default_root_dir={tmp_path}"
+    told = fails("fit", f"--ckpt_path={tmp_path}/x.ckpt", "--trainer.max_steps=6", where)
+    assert message in told and "--model.init_from" in told and not list(tmp_path.rglob("last.ckpt"))
+
+
+# --- what a checkpoint brings along is taken to the letter ------------------------------------------------------------
+
+
+TEXTS = ["#.$*@ \n", "~", "1e3", "yes", "no", "{}", "[]", "0x1", "- a", "a: b", "!y", "&a", "*a", "'a'", '"a"', "|\n"]
+TEXTS += [
+    "null",
+    "2020-01-01",
+    "12:30:00",
+    "# #\n## ##",
+    "",
+    " ",
+    "key: [a",
+    "\ufeff\x85\u2028\x07é😀",
+    ".5",
+    "1_0",
+    "=",
+]
+
+
+def test_every_text_reaches_a_config_as_it_was(tmp_path):
+    parser = cli.Parser()
+    parser.add_argument("--text", type=str | None)
+    parser.add_argument("--config", action="config")
+    for text in TEXTS:
+        assert parser.parse_args([f"--config={as_yaml({'text': text})}"]).text == text
+
+
+@pytest.mark.parametrize("words", ["#.$*@ \n", pytest.param("~", marks=pytest.mark.slow)])
+def test_a_vocabulary_of_any_shape_trains_is_validated_goes_on_and_is_fine_tuned(tmp_path, words, capsys):
+    dice = random.Random(0)
+    (tmp_path / "text").write_text("".join(dice.choice(words) for _ in range(400)))
+    where = [f"--data.corpus={tmp_path}/text", f"--trainer.default_root_dir={tmp_path}", "--sample.length=0"]
+    main(["fit", *TINY, *where, "--trainer.max_steps=1"])
+    last = tmp_path / "tiny" / "version_0" / "checkpoints" / "last.ckpt"
+    main(["validate", f"--ckpt_path={last}"])
+    main(["fit", f"--ckpt_path={last}", where[1], "--trainer.max_steps=2"])
+    main(["fit", *TINY, *where, "--trainer.max_steps=1", f"--model.init_from={last}"])
+    both = [checkpoint.read(file)[DATA]["vocabulary"] for file in tmp_path.rglob("last.ckpt")]
+    assert both == ["".join(sorted(words))] * 2 and "val/loss" in capsys.readouterr().out
+
+
+# --- going on ---------------------------------------------------------------------------------------------------------
+
+
+class Mine(L.Callback):
+    def on_train_start(self, trainer, *_):
+        print(f"mine since {trainer.global_step}")
+
+
+def test_a_runs_own_callbacks_come_back_from_its_config_file_and_else_are_said_to_be_gone(run, tmp_path, capsys):
+    folder = Path(shutil.copytree(run, tmp_path / "tiny" / "version_0"))
+    own, last = folder / "config.yaml", folder / "checkpoints" / "last.ckpt"
+    config = yaml.safe_load(own.read_text())
+    config["trainer"] |= {"callbacks": [{"class_path": f"{__name__}.Mine"}], "default_root_dir": str(tmp_path)}
+    own.write_text(yaml.safe_dump(config))
+    saved = checkpoint.read(last)
+    checkpoint.write(saved | {"config": own.read_text()}, last)
+    shutil.copy(last, tmp_path / "copy.ckpt")
+    capsys.readouterr()
+    more = [f"--trainer.default_root_dir={tmp_path}", "--sample.length=0", "--trainer.max_steps"]
+    main(["fit", f"--ckpt_path={last}", *more, "6"])
+    told = capsys.readouterr()
+    assert "mine since 5" in told.out and "brings along" not in told.err
+    main(["fit", f"--ckpt_path={tmp_path}/copy.ckpt", *more, "6"])
+    told = capsys.readouterr()
+    assert "mine since" not in told.out and "the run had trainer.callbacks of its own" in told.err
+    main(["fit", f"--ckpt_path={last}", f"--config={own}", *more, "7"])  # Lightning's own idiom
+    main(["validate", f"--config={own}", f"--ckpt_path={last}"])
+    told = capsys.readouterr()
+    assert "mine since 6" in told.out and "val/loss" in told.out and "brings along" not in told.err
+    assert checkpoint.read(last)["global_step"] == 7
+
+
+def test_an_average_starts_from_the_weights_and_ends_when_a_run_goes_on(run, tmp_path, capsys):
+    last, more = run / "checkpoints" / "last.ckpt", ["--sample.length=0", "--model.learning_rate=0"]
+    with_average = ["--model.ema_decay=0.9", "--trainer.max_steps=6", f"--trainer.default_root_dir={tmp_path}/a"]
+    main(["fit", f"--ckpt_path={last}", *with_average, *more])
+    (averaged,) = (tmp_path / "a").rglob("last.ckpt")
+    weights, first = checkpoint.read(averaged)["state_dict"], checkpoint.read(last)["state_dict"]
+    assert all(torch.equal(weights[f"{net}.{name[4:]}"], w) for name, w in first.items() for net in ("net", "average"))
+    capsys.readouterr()
+    without = ["--model.ema_decay=0", "--trainer.max_steps=7", f"--trainer.default_root_dir={tmp_path}/b"]
+    main(["fit", f"--ckpt_path={averaged}", *without, *more])
+    assert "the average is dropped" in capsys.readouterr().err
+    (plain,) = (tmp_path / "b").rglob("last.ckpt")
+    assert checkpoint.read(plain)["state_dict"].keys() == first.keys()
+
+
+@pytest.mark.parametrize(
+    "flag, message",
+    [
+        ("--data.unknown=replace", "data.unknown=replace needs a token for the unknown"),
+        ("--model.optimizer=muon", "model.optimizer=muon contradicts the checkpoint"),
+        ("--trainer.precision=transformer-engine", "trainer.precision=transformer-engine"),
+    ],
+)
+def test_what_a_resumed_run_can_not_change_is_said_in_one_sentence(run, tmp_path, fails, flag, message):
+    last = run / "checkpoints" / "last.ckpt"
+    assert message in fails("fit", f"--ckpt_path={last}", flag, "--trainer.max_steps=6")
+    if "data" in flag:
+        assert message in fails("validate", f"--ckpt_path={last}", flag)
+
+
+def test_lightning_loads_it_without_a_trainer_and_from_one_byte_a_weight(run, tmp_path):
+    net, _ = checkpoint.load(last := run / "checkpoints" / "last.ckpt")
+    lm = LanguageModel.load_from_checkpoint(last)
+    assert all(torch.equal(w, lm.net.state_dict()[name]) for name, w in net.state_dict().items())
+    checkpoint.shrink(str(last), str(tmp_path / "small.ckpt"))
+    (small, _), lm = (
+        checkpoint.load(tmp_path / "small.ckpt"),
+        LanguageModel.load_from_checkpoint(tmp_path / "small.ckpt"),
+    )
+    assert all(torch.equal(w, lm.net.state_dict()[name]) for name, w in small.state_dict().items())
+
+
+# --- any file at all --------------------------------------------------------------------------------------------------
+
+SCALARS = [None, True, False, 0, 1, -1, 7, 2**31, 2**53 + 1, 2**62, -(2**62), 0.0, 0.5, -1.5, 1e300, math.inf, math.nan]
+SCALARS += ["", "a", "null", "~", "# a", "evil.Evil", "../../out", "/dev/zero", "a" * 5000, "\0", "é😀", "[" * 300]
+EVILS = [EVIL, EVIL[0], SAVER, {"class_path": "os.system", "init_args": {"command": "touch bomb"}}]
+NO_CONFIGS = [BOMB, "- a", "{", "\0", "a: " + "[" * 9999, "trainer: {plugins+: !!python/name:os.a }", "é" * 10**6]
+SHAPES, TYPES = [(), (0,), (1,), (16,), (32, 16), (3, 4, 5)], [*FLOATS, torch.int64, torch.bool]
+
+
+def some_value(dice, depth=0):
+    """A value of any type, size and nesting that a pickle of plain data can hold."""
+    kind = dice.randrange(14 if depth < 4 else 6)
+    if kind < 6:
+        return dice.choice(SCALARS)
+    if kind < 8:
+        return [some_value(dice, depth + 1) for _ in range(dice.randrange(4))]
+    if kind < 10:
+        return {dice.choice([*"abc", *SCALARS[:9]]): some_value(dice, depth + 1) for _ in range(dice.randrange(4))}
+    if kind == 10:
+        return tuple(some_value(dice, depth + 1) for _ in range(3))
+    if kind == 11:
+        return deepcopy(dice.choice(EVILS))
+    if kind == 12:
+        w = torch.zeros(dice.choice(SHAPES), dtype=dice.choice(TYPES))
+        return dice.choice([w, w + 1, w.to_sparse() if w.dim() else w, w.to("meta"), w.expand(7, *w.shape), w / 0])
+    deep = some_value(dice, depth + 1)
+    for _ in range(dice.choice([3, 30, 300])):
+        deep = [deep, deep] if dice.random() < 0.5 else {"a": deep}
+    return deep
+
+
+def places(value, path=()):
+    """The ways to all that is in a checkpoint."""
+    if path:
+        yield path
+    if isinstance(value, (dict, list)):
+        for key in value if isinstance(value, dict) else range(len(value)):
+            yield from places(value[key], (*path, key))
+
+
+def crafted(saved, config, dice):
+    """A checkpoint some of whose fields, or whose config text, is anything at all."""
+    ways, saved, config = list(places(saved)), deepcopy(saved), deepcopy(config)
+    for _ in range(dice.choice([1, 1, 1, 2, 5])):
+        if dice.random() < 0.4:
+            parts = [part for part in (config, *config.values(), *[config["trainer"]] * 3) if type(part) is dict]
+            part, end = dice.choice(parts), dice.choice(["", "", "", "+", ".class_path", ".init_args"])
+            part[dice.choice([*part, "callbacks", "plugins", "logger", "profiler"]) + end] = some_value(dice)
+            continue
+        top = dice.choice([*saved, MODEL, DATA, MODEL, DATA, "state_dict"])
+        path = dice.choice([path for path in ways if path[0] == top] or [("more",)])
+        path = dice.choice([path, path, (*path[:-1], "more")])
+        with suppress(KeyError, IndexError, TypeError):  # what was there is something else by now
+            put(saved, path, ... if dice.random() < 0.15 else some_value(dice))
+    if isinstance(saved.get("config"), str):
+        try:
+            saved["config"] = yaml.safe_dump(config) if dice.random() < 0.95 else dice.choice(NO_CONFIGS)
+        except (yaml.YAMLError, RecursionError, TypeError):  # a tensor, or too deep
+            saved["config"] = dice.choice(NO_CONFIGS)
+    return saved
+
+
+@pytest.fixture(scope="module")
+def parser():
+    """The part of the command line that reads a checkpoint's settings."""
+    parser = cli.Parser()
+    parser.add_argument("--config", action="config")
+    for made_of, name in (L.Trainer, "trainer"), (LanguageModel, "model"), (TinyShakespeare, "data"):
+        parser.add_lightning_class_args(made_of, name)
+    return parser
+
+
+def refuses_or_takes(path, parser, capsys):
+    """Read a file as each command does, up to where Lightning starts; it ends with one sentence, if it does not fit."""
+    try:
+        net, tokenizer = checkpoint.load(path)
+        saved = checkpoint.read_strictly(path)
+        tokenizer.decode(generate(net, torch.zeros(1, 1, dtype=torch.int64), 2)[0])
+        for command in "fit", "validate":
+            settings = settings_of_run(saved, command)
+            trainer = settings["trainer"]
+            assert set(trainer) <= FROM_TRAINER and not any(names_classes(key, trainer[key]) for key in trainer)
+            assert yaml.safe_load(as_yaml(settings)) == plain(settings)
+            config = parser.parse_args(
+                [f"--config={as_yaml({key: settings[key] for key in ('trainer', 'model', 'data')})}"]
+            )
+            lm = LanguageModel(**config.model)
+        assert classes_of_run(path, saved, ".")[0] == {}
+        if "optimizer_states" in saved:
+            refuse_unfit_optimizer(saved["optimizer_states"], lm.parameter_groups())
+            refuse_unlike(saved.get("loops"), saved.get("loops"), "loops")
+    except ValueError as error:
+        assert "\n" not in str(error) and len(str(error)) < 1000
+        return str(error)
+    except SystemExit as stop:
+        assert stop.code == 2
+        return capsys.readouterr().err.strip()
+    return ""
+
+
+@pytest.mark.parametrize("times", [25, pytest.param(1000, marks=pytest.mark.slow)])
+def test_a_crafted_file_runs_no_code_and_is_taken_or_refused_in_a_moment(
+    saved, tmp_path, monkeypatch, parser, capsys, times
+):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "evil.py").write_text("open('bomb', 'w')\nclass Evil: ...")
+    path, config, outcomes, slowest = tmp_path / "x.ckpt", yaml.safe_load(saved["config"]), Counter(), 0.0
+    for seed in range(times):
+        try:
+            checkpoint.write(crafted(saved, config, random.Random(seed)), path)
+        except RecursionError:  # no pickle holds it
+            continue
+        since = time.perf_counter()
+        outcomes[re.sub("[^a-z ]+", "", refuses_or_takes(path, parser, capsys).split(": ")[-1])[:40]] += 1
+        slowest = max(slowest, time.perf_counter() - since)
+        assert slowest < 20, seed
+    assert {file.name for file in tmp_path.iterdir()} <= {"evil.py", "x.ckpt", "__pycache__"}
+    assert 0.05 * times < outcomes[""] < 0.9 * times  # both ends are met
+    print(f"\n{outcomes.total()} files, slowest {slowest:.2f} s", *outcomes.most_common(), sep="\n")
+
+
+@pytest.mark.slow
+def test_a_crafted_file_is_taken_or_refused_by_each_command(saved, nursery, tmp_path):
+    (tmp_path / "evil.py").write_text("open('bomb', 'w')\nclass Evil: ...")
+    quick = ["--sample.length=0", "--trainer.max_steps=6", "--trainer.max_time=00:00:00:20"]
+    path, config, corpus = tmp_path / "x.ckpt", yaml.safe_load(saved["config"]), saved[DATA]["corpus"]
+    for seed in range(50):
+        checkpoint.write(crafted(saved, config, random.Random(10_000 + seed)), path)
+        for command in (
+            ["fit", f"--ckpt_path={path}", *quick],
+            ["fit", *TINY, f"--model.init_from={path}", f"--data.corpus={corpus}", *quick],
+            ["validate", f"--ckpt_path={path}"],
+            ["generate", f"--ckpt_path={path}", "--max_new_tokens=2"],
+            ["score", f"--ckpt_path={path}", f"--text_file={corpus}"],
+            ["shrink", f"--ckpt_path={path}", "--output=small.ckpt"],
+            ["export", "--to=safetensors", f"--ckpt_path={path}", "--output=x.safetensors"],
+        ):
+            code = nursery.run(tmp_path, *command)
+            told = nursery.log.read_text() if nursery.log.exists() else ""
+            assert code in (0, 1, 2) and "Traceback" not in told, (seed, command, told[-2000:])
+            nursery.log.unlink(missing_ok=True)
+    assert not (tmp_path / "bomb").exists() and not (tmp_path / "elsewhere").exists()
