@@ -404,7 +404,7 @@ class LanguageModel(L.LightningModule):
         saved["state_dict"] = self.with_average(saved["state_dict"])
         if self._trainer and self._trainer.precision == "64-true":
             self.double()  # Lightning does so after it has put the weights in, which would round them
-        if loops := checkpoint.get("loops", {}).get("fit_loop"):
+        if loops := saved.get("loops", {}).get("fit_loop"):
             epochs, batches = loops["epoch_progress"], loops["epoch_loop.batch_progress"]
             if epochs["current"]["ready"] == epochs["current"]["processed"]:  # saved when a run had ended ...
                 if batches["is_last_batch"]:  # ... with its epoch: Lightning would count the next batch to that one
