@@ -127,6 +127,7 @@ class CLI(LightningCLI):
             raise ValueError(f"the checkpoint {path} is of no run that can be taken up: {error}") from None
         own: dict[str, Any] = {}
         lost: list[str] = []
+        given = list(self.config[command].trainer.callbacks or [])
         if command == "fit":
             own, lost = classes_of_run(path, saved, self.config.fit.trainer.default_root_dir)
         # the checkpoint's settings come first, so that configs and flags win over them ...
@@ -134,6 +135,10 @@ class CLI(LightningCLI):
         self.config = parser.parse_args([*args[:at], f"--config={as_yaml(first)}", *args[at:], f"--ckpt_path={path}"])
         config = self.config[command]
         take_up_again(config, settings)
+        if given and len(config.trainer.callbacks) > len(given):  # added to those of the run: none is there twice
+            again = {callback.class_path for callback in given}
+            of_run = config.trainer.callbacks[: -len(given)]
+            config.trainer.callbacks = [one for one in of_run if one.class_path not in again] + given
         if config.data.unknown == "extend" == saved["datamodule_hyper_parameters"].get("unknown"):
             config.data.unknown = "error"  # the vocabulary has been extended
         # ... and where that must not be, the difference shows
@@ -158,8 +163,6 @@ class CLI(LightningCLI):
                 f"the checkpoint {path} is at step {saved['global_step']}, so trainer.max_steps={steps} leaves nothing "
                 "to do: give a larger number"
             )
-        if command == "fit":
-            refuse_used_up(self.config.fit.trainer, saved)
 
     def start_from_weights(self, parser, args: list[str]) -> None:
         path = checkpoint.find(self.config.fit.model.init_from)
@@ -327,6 +330,8 @@ class CLI(LightningCLI):
     def _run_subcommand(self, subcommand: str) -> None:
         if self.state:
             self.refuse_unfit_state(self.state, subcommand)
+            if subcommand == "fit":
+                refuse_used_up(self.config.fit.trainer, self.state)
         try:
             with lossy_output() if subcommand == "fit" else nullcontext():
                 super()._run_subcommand(subcommand)
@@ -350,7 +355,8 @@ class CLI(LightningCLI):
 def refuse_used_up(given, saved: dict) -> None:
     """Raises ValueError if trainer.max_time or max_epochs leaves a run nothing to do, which may go on from `saved`."""
     timer = Timer(given.max_time)
-    timer.load_state_dict(saved.get("callbacks", {}).get(timer.state_key, {}))
+    with suppress(TypeError, ValueError, AttributeError, OverflowError):  # Lightning's own state, which may be anything
+        timer.load_state_dict((saved.get("callbacks") or {}).get(timer.state_key, {}))
     if (left := timer.time_remaining()) is not None and left <= 0:
         raise ValueError(
             f"trainer.max_time={given.max_time} leaves nothing to do after {timer.time_elapsed():.0f} s of training: "

@@ -222,7 +222,8 @@ def main(args: list[str] | None = None) -> None:
 
 def out_of_memory(error: Exception) -> bool:
     """Whether an error says that memory has run out, in one of the ways that Python and torch have to say so."""
-    reasons = "can't allocate memory", "can't start new thread", "unexpected pos"  # of an archive in memory
+    reasons = ["can't allocate memory", "can't start new thread", "size calculation overflowed"]
+    reasons += ["unexpected pos"]  # of an archive in memory
     known = isinstance(error, MemoryError | torch.OutOfMemoryError)
     return known or isinstance(error, RuntimeError) and any(reason in str(error) for reason in reasons)
 

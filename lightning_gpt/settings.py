@@ -177,7 +177,7 @@ def classes_of_run(path: Path, saved: dict, root: str) -> tuple[dict, list[str]]
         steps = {config: [int(n) for n in re.findall(r"\d+", config.stem)] for config in folder.glob("config*.yaml")}
         for config in sorted(steps, key=steps.__getitem__)[-1:]:  # of the last time that it was resumed
             try:
-                own = part_of(read_config(config.read_text()), "trainer")
+                own = part_of(read_config(config.read_text(encoding="utf-8")), "trainer")
             except ValueError as error:
                 raise ValueError(f"{config}: {error}") from None
             found = {key: value for key, value in own.items() if names_classes(key, value)}

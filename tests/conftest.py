@@ -84,6 +84,7 @@ def fails(capsys):
     """Runs a command line that must fail, and returns the one line that it says."""
 
     def fails(*args):
+        capsys.readouterr()  # what was said before
         with pytest.raises(SystemExit) as stop:
             main([str(arg) for arg in args])
         assert stop.value.code == 2

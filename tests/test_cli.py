@@ -160,11 +160,11 @@ class PowerCut(L.Callback):
             raise KeyboardInterrupt
 
 
-def test_a_run_cut_off_leaves_what_it_saved_every_n_steps(tmp_path, text_file):
+def test_a_run_that_is_interrupted_keeps_the_step_that_it_had_finished(tmp_path, text_file):
     how = ["--save_every_n_steps=2", f"--trainer.callbacks=[{{class_path: {__name__}.PowerCut}}]"]
     with pytest.raises(SystemExit):
         main(["fit", *TINY, *how, f"--data.corpus={text_file}", f"--trainer.default_root_dir={tmp_path}"])
-    assert torch.load(next(tmp_path.rglob("last.ckpt")), weights_only=True)["global_step"] == 2
+    assert torch.load(next(tmp_path.rglob("last.ckpt")), weights_only=True)["global_step"] == 3
 
 
 def test_a_checkpoint_brings_seed_and_precision(tmp_path, text_file, capsys):

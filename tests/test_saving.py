@@ -378,7 +378,7 @@ def test_memory_that_runs_out_in_a_save_is_said_and_ends_nothing(tmp_path, capfd
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
     said = capfd.readouterr().err
     assert "20.ckpt could not be saved at step 1: out of memory" in said and "100.ckpt could not be saved" in said
-    assert checkpoint.read(tmp_path / "20.ckpt")["global_step"] == 1
+    assert torch.load(tmp_path / "20.ckpt", weights_only=True)["global_step"] == 1
 
 
 # what is printed
@@ -401,6 +401,8 @@ def test_no_file_is_read_or_written_in_the_machines_own_encoding():
     for path in Path(checkpoint.__file__).parent.glob("*.py"):
         for call in filter(lambda node: isinstance(node, ast.Call), ast.walk(ast.parse(path.read_text("utf-8")))):
             name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
+            if ast.unparse(call.func) == "reading.read_text":  # of ours, which takes UTF-8 only
+                continue
             of_text = name in ("read_text", "write_text") or name == "open" and isinstance(call.func, ast.Name)
             told = {arg.value for arg in call.args if isinstance(arg, ast.Constant)} & {"utf-8", "rb", "wb", "ab"}
             told |= {keyword.arg for keyword in call.keywords} & {"encoding"}
@@ -542,7 +544,9 @@ def test_the_step_of_the_first_bad_loss_is_known_however_late_one_looks(accumula
     lm = LanguageModel(block_size=8, n_layer=0, n_head=1, n_embd=4)
     lm.bad_losses, steps = torch.zeros((), dtype=torch.int64), 5
     reduce = SimpleNamespace(reduce=lambda x, **_: x)
-    lm._trainer = SimpleNamespace(accumulate_grad_batches=accumulate, global_step=steps, max_steps=9, strategy=reduce)
+    lm._trainer = SimpleNamespace(
+        accumulate_grad_batches=accumulate, global_step=steps, estimated_stepping_batches=9, strategy=reduce
+    )
     for batch in range(1, steps * accumulate + 1):
         lm.train_loss = lambda batch=batch: torch.tensor(math.nan if batch >= bad_from else 1.0)
         lm.training_step((), 0)

@@ -204,7 +204,7 @@ def test_an_exception_anywhere_costs_no_step_and_what_goes_on_is_to_the_bit(hard
         (last,) = tmp_path.glob("checkpoints/tiny/version_*/checkpoints/last.ckpt")
         assert checkpoint.read_strictly(last)["global_step"] == step
         assert raised.value.__notes__ == [f"The last good checkpoint is {last.relative_to(tmp_path)}, of step {step}"]
-    main(["fit", "--ckpt_path=last"])
+    main(["fit", "--ckpt_path=last", "--trainer.callbacks=null"])  # or the last one that failed would come back
     assert differences(end_of(tmp_path), end_of(unbroken)) == []
 
 
