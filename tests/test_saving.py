@@ -544,9 +544,9 @@ def test_the_step_of_the_first_bad_loss_is_known_however_late_one_looks(accumula
     lm = LanguageModel(block_size=8, n_layer=0, n_head=1, n_embd=4)
     lm.bad_losses, steps = torch.zeros((), dtype=torch.int64), 5
     reduce = SimpleNamespace(reduce=lambda x, **_: x)
-    lm._trainer = SimpleNamespace(
-        accumulate_grad_batches=accumulate, global_step=steps, estimated_stepping_batches=9, strategy=reduce
-    )
+    rates = SimpleNamespace(param_groups=[group | {"lr": 1.0} for group in lm.parameter_groups()])
+    counts = {"accumulate_grad_batches": accumulate, "global_step": steps, "estimated_stepping_batches": 9}
+    lm._trainer = SimpleNamespace(**counts, strategy=reduce, optimizers=[rates], lr_scheduler_configs=[])
     for batch in range(1, steps * accumulate + 1):
         lm.train_loss = lambda batch=batch: torch.tensor(math.nan if batch >= bad_from else 1.0)
         lm.training_step((), 0)
