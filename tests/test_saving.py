@@ -360,24 +360,24 @@ def test_output_is_replaced_whole_or_not_at_all(ckpt, tmp_path, capsys):
 
 
 def test_memory_that_runs_out_in_a_save_is_said_and_ends_nothing(tmp_path, capfd):
-    saved = PARTS | {"state_dict": {"w": torch.zeros(2**24)}}
+    saved = PARTS | {"state_dict": {"w": torch.zeros(2**28)}}  # 1 GiB: no free part of the heap is as large
     pid = os.fork()
-    if not pid:  # 64 MB for the weights, and room for 20 more
+    if not pid:
         with open("/proc/self/statm") as file:
             size = int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
         io = SafeIO()
-        for spare in 20, 100:  # for no copy; for the copy and not for the file
+        for spare in 20, 1100:  # for no copy; for the copy and not for the file
             resource.setrlimit(resource.RLIMIT_AS, (size + spare * 2**20, resource.RLIM_INFINITY))
             io.save_checkpoint(saved, tmp_path / f"{spare}.ckpt")
             io.wait()
         resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
-        io.save_checkpoint(saved, tmp_path / "20.ckpt")
+        io.save_checkpoint(PARTS | {"state_dict": {"w": torch.zeros(2)}}, tmp_path / "20.ckpt")
         io.wait()
         sys.stderr.flush()
-        os._exit(0 if set(io.failed) == {tmp_path / "100.ckpt"} else 1)
+        os._exit(0 if set(io.failed) == {tmp_path / "1100.ckpt"} else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
     said = capfd.readouterr().err
-    assert "20.ckpt could not be saved at step 1: out of memory" in said and "100.ckpt could not be saved" in said
+    assert "20.ckpt could not be saved at step 1: out of memory" in said and "1100.ckpt could not be saved" in said
     assert torch.load(tmp_path / "20.ckpt", weights_only=True)["global_step"] == 1
 
 

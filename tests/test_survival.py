@@ -69,7 +69,7 @@ def end_of(folder):
     """All that a run is at its end: weights, optimizer, counters, best checkpoint, curves."""
     (path,) = folder.glob("checkpoints/tiny/version_*/checkpoints/last.ckpt")
     run, last, best = path.parents[1], *map(checkpoint.read_strictly, (path, path.with_name("best.ckpt")))
-    board = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
+    board = EventAccumulator(str(run), size_guidance={"scalars": 0, "tensors": 0}).Reload()
     tags = [tag for tag in board.Tags()["scalars"] if not tag.startswith("perf/")]
     curves = {tag: [(event.step, event.value) for event in board.Scalars(tag)] for tag in tags}
     for tag in board.Tags()["tensors"]:
