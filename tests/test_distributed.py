@@ -106,7 +106,7 @@ def logged(run):
 @pytest.mark.parametrize(
     "ways",
     [
-        ["1 auto", "2 replicas"],
+        pytest.param(["1 auto", "2 replicas"], marks=pytest.mark.slow),
         ["3 replicas", "2 shards"],
         pytest.param(["2 shards", "3 replicas"], marks=pytest.mark.slow),
     ],

@@ -6,12 +6,14 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import nbformat
+import pytest
 from nbclient import NotebookClient
 from tensorboard import manager
 
 NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "lets_build_gpt.ipynb"
 
 
+@pytest.mark.slow
 def test_it_runs_from_top_to_bottom(tmp_path, monkeypatch):
     monkeypatch.setenv("LETS_BUILD_GPT_SHORT", "1")
     monkeypatch.setenv("TMPDIR", str(tmp_path))  # where TensorBoard notes who runs

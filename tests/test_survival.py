@@ -135,14 +135,13 @@ def test_a_signal_loses_no_step(nursery, hard, tmp_path, times):
     lives(nursery, hard, tmp_path, signal.SIGTERM, times, seed=2)
 
 
-def test_a_resumed_curve_has_every_step_once(nursery, hard, tmp_path):
+# where a validation was due, a save, both
+@pytest.mark.parametrize("step", [7, pytest.param(9, marks=pytest.mark.slow), pytest.param(14, marks=pytest.mark.slow)])
+def test_a_resumed_curve_has_every_step_once(nursery, hard, tmp_path, step):
     args, unbroken = hard
-    for step in (7, 9, 14):  # where a validation was due, a save, both
-        folder = tmp_path / str(step)
-        folder.mkdir()
-        assert nursery.run(folder, *args, f"--trainer.max_steps={step}") == 0, nursery.log.read_text()
-        assert nursery.run(folder, "fit", "--ckpt_path", "last", "--trainer.max_steps=20") == 0, nursery.log.read_text()
-        assert [step for step, _ in end_of(folder)["curves"]["train/loss"]] == list(range(20))
+    assert nursery.run(tmp_path, *args, f"--trainer.max_steps={step}") == 0, nursery.log.read_text()
+    assert nursery.run(tmp_path, "fit", "--ckpt_path", "last", "--trainer.max_steps=20") == 0, nursery.log.read_text()
+    assert [step for step, _ in end_of(tmp_path)["curves"]["train/loss"]] == list(range(20))
 
 
 def test_going_on_twice_keeps_the_folder_and_every_file_in_it(nursery, hard, tmp_path):
