@@ -30,7 +30,7 @@ report: .venv/plots  ## make a page about the newest run: curves, samples, atten
 	$(BIN)/lightning-gpt report
 
 test: .venv/dev  ## pass the tests, in six minutes
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest -m "not slow" --numprocesses 2 --dist worksteal
 
 test-all: .venv/dev  ## pass the slow tests too
 	$(BIN)/pytest

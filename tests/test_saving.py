@@ -576,7 +576,7 @@ def test_no_validation_no_counters_touched(tmp_path, text_file):
     (run,) = tmp_path.glob("tiny/version_*")
     resume(run, "--trainer.max_steps=8")
     board = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
-    assert [event.step for event in board.Scalars("train/loss")] == list(range(8))
+    assert sorted(event.step for event in board.Scalars("train/loss")) == list(range(8))
 
 
 def test_a_curve_that_goes_on_from_an_older_save_has_every_step_once(tmp_path, text_file):
