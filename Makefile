@@ -36,8 +36,8 @@ test-all: .venv/dev  ## pass the slow tests too
 	$(BIN)/pytest
 
 bench: .venv/installed  ## how fast the laptop's config trains here, and how fast text is written
-	$(BIN)/python -m lightning_gpt.bench --config configs/laptop.yaml
-	$(BIN)/python -m lightning_gpt.bench_generation
+	$(BIN)/python -m lightning_gpt.benchmarks.training --config configs/laptop.yaml
+	$(BIN)/python -m lightning_gpt.benchmarks.generation
 
 lint: .venv/dev  ## check style and types
 	$(BIN)/ruff check

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_gpt.main import main
-from lightning_gpt.model import GPT, GPTConfig
+from lightning_gpt.cli.main import main
+from lightning_gpt.model.gpt import GPT, GPTConfig
 
 V, T = 17, 12  # vocabulary and block size: small, and no two sizes alike
 
@@ -29,8 +29,10 @@ def loud(net):
     return net
 
 
-MODERN = dict(position="rotary", norm="rms", qk_norm=True, activation="relu2", logit_cap=5.0, init="zero", bias=False)
-MODERN |= dict(ngram=3, ngram_rows=50)
+MODERN = dict(
+    position="rope", norm="rmsnorm", qk_norm=True, activation="relu2", logit_softcap=5.0, init="zero", bias=False
+)
+MODERN |= dict(ngram_max=3, ngram_buckets=50)
 
 
 @pytest.fixture

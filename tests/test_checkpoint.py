@@ -22,24 +22,26 @@ import torch
 import yaml
 from conftest import TINY
 
-from lightning_gpt import checkpoint, cli
-from lightning_gpt.contents import FLOATS
-from lightning_gpt.data import TinyShakespeare
-from lightning_gpt.generation import generate
-from lightning_gpt.main import main
-from lightning_gpt.settings import (
+from lightning_gpt.checkpoint.io import load_net, read_checkpoint, read_verified, write_checkpoint
+from lightning_gpt.checkpoint.quantize import quantize
+from lightning_gpt.checkpoint.validation import FLOAT_DTYPES
+from lightning_gpt.cli.config import (
     FROM_TRAINER,
-    as_yaml,
-    classes_of_run,
+    as_lists,
+    check_counters,
+    check_optimizer_state,
+    class_settings,
     is_plain,
     names_classes,
-    plain,
-    refuse_unfit_optimizer,
-    refuse_unlike,
-    settings_of_run,
+    run_settings,
+    to_quoted_yaml,
 )
-from lightning_gpt.tokenizer import BPETokenizer
-from lightning_gpt.training import LanguageModel
+from lightning_gpt.cli.main import main
+from lightning_gpt.cli.train import TrainingParser
+from lightning_gpt.data.datamodule import TextDataModule
+from lightning_gpt.data.tokenizers import BPETokenizer
+from lightning_gpt.inference.engine import generate_ids
+from lightning_gpt.training.module import LanguageModel
 
 
 @pytest.fixture
@@ -81,19 +83,19 @@ def quantized(w):
         ((MODEL, "n_embd"), True, "n_embd is True"),
         ((MODEL, "dropout"), math.nan, "model.dropout"),
         ((MODEL, "position"), "sideways", "position is 'sideways'"),
-        ((MODEL, "rung"), ["gpt"], "rung"),
+        ((MODEL, "lecture_step"), ["gpt"], "lecture_step"),
         ((MODEL, "seed"), ..., "seed is None"),
         ((MODEL, "ema_decay"), 0.9, "the weight average.wte.weight is missing"),
         ((MODEL, "tie_embeddings"), True, "the head is tied to the embedding, and differs"),
         ((MODEL, "betas"), {"class_path": "evil.Evil"}, "model.betas"),
-        ((MODEL, "ngram"), 10**9, "ngram=1000000000"),
+        ((MODEL, "ngram_max"), 10**9, "ngram_max=1000000000"),
         ((DATA, "vocabulary"), "abc", "the vocabulary has 3 tokens, and the net has 32"),
         ((DATA, "vocabulary"), "a" * 32, "a character twice"),
         ((DATA, "vocabulary"), None, "without a vocabulary"),
         ((DATA, "vocabulary"), "\ud800" + "a" * 31, "half a character"),
         ((DATA, "tokenizer"), "words", "the tokenizer is 'words'"),
-        ((DATA, "unknown"), 3, "data.unknown is 3"),
-        ((DATA, "renamed_copies"), 10**9, "data.renamed_copies is 1000000000"),
+        ((DATA, "on_unknown"), 3, "data.on_unknown is 3"),
+        ((DATA, "name_augmentation"), 10**9, "data.name_augmentation is 1000000000"),
         (("state_dict", 5), torch.zeros(1), "the weight 5 is none"),
         (("state_dict", "net.lm_head.weight"), ..., "the weight net.lm_head.weight is missing"),
         (W, torch.zeros(32, 17), "net.wte.weight is (32, 17)"),
@@ -119,9 +121,9 @@ def quantized(w):
 )
 def test_a_file_that_contradicts_itself_is_refused_in_one_sentence(saved, tmp_path, path, value, message):
     put(saved, path, value)
-    checkpoint.write(saved, tmp_path / "x.ckpt")
+    write_checkpoint(saved, tmp_path / "x.ckpt")
     with pytest.raises(ValueError) as error:
-        checkpoint.read_strictly(tmp_path / "x.ckpt")
+        read_verified(tmp_path / "x.ckpt")
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
@@ -132,9 +134,9 @@ def test_what_nests_without_end_is_refused(saved, tmp_path):
             deep = [deep, deep]  # 2^60 ways through it, in a few bytes
         loop.append(loop) if isinstance(loop, list) else loop.update(self=loop)
         for value in loop, deep:
-            checkpoint.write(saved | {"anything": value}, tmp_path / "x.ckpt")
+            write_checkpoint(saved | {"anything": value}, tmp_path / "x.ckpt")
             with pytest.raises(ValueError, match="nests deeper"):
-                checkpoint.read_strictly(tmp_path / "x.ckpt")
+                read_verified(tmp_path / "x.ckpt")
 
 
 def archive(entries, compression=zipfile.ZIP_STORED):
@@ -146,7 +148,7 @@ def archive(entries, compression=zipfile.ZIP_STORED):
 
 
 def test_an_archive_that_swells_is_not_unpacked(saved, tmp_path):
-    checkpoint.write(saved, path := tmp_path / "x.ckpt")
+    write_checkpoint(saved, path := tmp_path / "x.ckpt")
     with zipfile.ZipFile(path) as good:
         entries = [(name, good.read(name)) for name in good.namelist()]
     twice = [*entries, ("other/data.pkl", entries[0][1])]
@@ -157,10 +159,10 @@ def test_an_archive_that_swells_is_not_unpacked(saved, tmp_path):
     for data in bomb, archive(twice), lies, b"before" + plain:
         path.write_bytes(data)
         with pytest.raises(ValueError, match="can't be read as plain data|no complete archive"):
-            checkpoint.read_strictly(path)
+            read_verified(path)
     path.write_bytes(plain)
     with pytest.raises(ValueError, match="its checksum is missing"):  # else it would be good
-        checkpoint.read_strictly(path)
+        read_verified(path)
 
 
 def test_a_tied_net_and_byte_pairs_are_what_they_say(saved, tmp_path):
@@ -169,8 +171,8 @@ def test_a_tied_net_and_byte_pairs_are_what_they_say(saved, tmp_path):
     tied["state_dict"] |= {f"net.{name}.weight": torch.zeros(264, 16) for name in ("wte", "lm_head")}
     tied[MODEL] |= {"vocab_size": 264, "tie_embeddings": True}
     tied[DATA] |= {"tokenizer": "bpe", "vocabulary": merges}
-    checkpoint.write(tied, tmp_path / "x.ckpt")
-    net, tokenizer = checkpoint.load(tmp_path / "x.ckpt")
+    write_checkpoint(tied, tmp_path / "x.ckpt")
+    net, tokenizer = load_net(tmp_path / "x.ckpt")
     assert net.lm_head.weight is net.wte.weight and len(tokenizer) == 264
 
 
@@ -189,10 +191,10 @@ def hostile(saved, tmp_path, monkeypatch):
 
     def hostile(change):
         config = yaml.safe_load(saved["config"])
-        checkpoint.write(
+        write_checkpoint(
             saved | {"config": change if isinstance(change, str) else yaml.safe_dump(change(config))}, "x.ckpt"
         )
-        return checkpoint.read("x.ckpt")
+        return read_checkpoint("x.ckpt")
 
     return hostile
 
@@ -226,9 +228,9 @@ def hostile(saved, tmp_path, monkeypatch):
 def test_no_setting_in_a_checkpoint_names_a_class_or_a_place(hostile, key, value):
     saved = hostile(lambda config: config | {"trainer": config["trainer"] | {key: value}})
     for command in "fit", "validate":
-        trainer = settings_of_run(saved, command)["trainer"]
+        trainer = run_settings(saved, command)["trainer"]
         assert set(trainer) <= FROM_TRAINER and all(map(is_plain, trainer.values()))
-    assert classes_of_run(Path("x.ckpt"), saved, ".")[0] == {}
+    assert class_settings(Path("x.ckpt"), saved, ".")[0] == {}
 
 
 def test_classes_in_a_checkpoint_are_not_imported_and_that_is_said(hostile, capsys):
@@ -269,7 +271,7 @@ BOMB = "a: &a [1, 1]\n" + "".join(
 )
 def test_a_config_text_that_is_none_is_refused_in_a_moment(hostile, fails, config, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        settings_of_run(hostile(config), "fit")
+        run_settings(hostile(config), "fit")
     if config in (BOMB, "- a\n- b"):
         for command in "fit", "validate":
             assert message in fails(command, "--ckpt_path=x.ckpt")
@@ -278,30 +280,30 @@ def test_a_config_text_that_is_none_is_refused_in_a_moment(hostile, fails, confi
 
 def test_what_a_run_can_be_told_comes_along(hostile, monkeypatch):
     told = {"max_time": "00:12:00:00", "devices": [0, 1], "gradient_clip_val": math.inf, "precision": "bf16-mixed"}
-    told |= {"deterministic": "warn", "limit_val_batches": 0.5, "val_check_interval": 3, "strategy": "shards"}
+    told |= {"deterministic": "warn", "limit_val_batches": 0.5, "val_check_interval": 3, "strategy": "fsdp2"}
     saved = hostile(lambda config: config | {"trainer": told | {"num_nodes": 2, "max_steps": None}})
-    assert settings_of_run(saved, "fit")["trainer"] == told | {"max_steps": None}
+    assert run_settings(saved, "fit")["trainer"] == told | {"max_steps": None}
     monkeypatch.setenv("SLURM_JOB_ID", "1")
-    assert settings_of_run(saved, "fit")["trainer"]["num_nodes"] == 2
+    assert run_settings(saved, "fit")["trainer"]["num_nodes"] == 2
 
 
 def test_a_device_that_only_the_checkpoint_names_is_not_read(saved, tmp_path, fails):
     os.mkfifo(pipe := tmp_path / "pipe")
     saved[DATA]["corpus"] = f"{tmp_path}/none,{pipe}"
-    checkpoint.write(saved, tmp_path / "x.ckpt")
+    write_checkpoint(saved, tmp_path / "x.ckpt")
     assert f"{pipe}, a device or a pipe" in fails("validate", f"--ckpt_path={tmp_path}/x.ckpt")
 
 
 def test_token_files_of_another_vocabulary_are_refused_before_a_checkpoint_is(token_files):
     how = dict(tokens=token_files, block_size=4, tokenizer="char", vocabulary="aab")
-    with pytest.raises(ValueError, match="data.token_kinds=300, and data.vocabulary has 2 tokens"):
-        TinyShakespeare(**how, token_kinds=300)
+    with pytest.raises(ValueError, match="data.vocab_size=300, and data.vocabulary has 2 tokens"):
+        TextDataModule(**how, vocab_size=300)
 
 
 def test_a_setting_that_no_class_here_has_is_refused(saved):
     saved[MODEL]["callbacks"] = 3
     with pytest.raises(ValueError, match="unknown here: callbacks"):
-        settings_of_run(saved, "fit")
+        run_settings(saved, "fit")
 
 
 STATE = "optimizer_states", 0
@@ -336,8 +338,8 @@ def test_a_state_that_training_can_not_go_on_from_is_refused(saved, path, value,
     loops, groups = deepcopy(saved["loops"]), LanguageModel(**saved[MODEL]).parameter_groups()
     put(saved, path, value)
     with pytest.raises(ValueError) as error:
-        refuse_unlike(saved["loops"], loops, "loops")
-        refuse_unfit_optimizer(saved["optimizer_states"], groups)
+        check_counters(saved["loops"], loops, "loops")
+        check_optimizer_state(saved["optimizer_states"], groups)
     assert message in str(error.value)
 
 
@@ -348,13 +350,13 @@ def test_a_state_that_training_can_not_go_on_from_is_refused(saved, path, value,
         (("global_step",), 3, "its optimizer has taken 5 steps, and the file says 3"),
         (("lr_schedulers",), ..., "no lr_schedulers"),
         (("callbacks",), [1], "its callbacks have no names"),
-        (("callbacks", "Vitals", "best"), "low", "Vitals.best is 'low'"),
+        (("callbacks", "UpdateRatios", "best"), "low", "UpdateRatios.best is 'low'"),
     ],
     ids=str,
 )
 def test_a_resumed_run_is_refused_before_it_starts(saved, tmp_path, fails, path, value, message):
     put(saved, path, value)
-    checkpoint.write(saved, tmp_path / "x.ckpt")
+    write_checkpoint(saved, tmp_path / "x.ckpt")
     where = f"--trainer.default_root_dir={tmp_path}"
     told = fails("fit", f"--ckpt_path={tmp_path}/x.ckpt", "--trainer.max_steps=6", where)
     assert message in told and "--model.init_from" in told and not list(tmp_path.rglob("last.ckpt"))
@@ -380,11 +382,11 @@ TEXTS += [
 
 
 def test_every_text_reaches_a_config_as_it_was(tmp_path):
-    parser = cli.Parser()
+    parser = TrainingParser()
     parser.add_argument("--text", type=str | None)
     parser.add_argument("--config", action="config")
     for text in TEXTS:
-        assert parser.parse_args([f"--config={as_yaml({'text': text})}"]).text == text
+        assert parser.parse_args([f"--config={to_quoted_yaml({'text': text})}"]).text == text
 
 
 @pytest.mark.parametrize("words", ["#.$*@ \n", pytest.param("~", marks=pytest.mark.slow)])
@@ -397,7 +399,7 @@ def test_a_vocabulary_of_any_shape_trains_is_validated_goes_on_and_is_fine_tuned
     main(["validate", f"--ckpt_path={last}"])
     main(["fit", f"--ckpt_path={last}", where[1], "--trainer.max_steps=2"])
     main(["fit", *TINY, *where, "--trainer.max_steps=1", f"--model.init_from={last}"])
-    both = [checkpoint.read(file)[DATA]["vocabulary"] for file in tmp_path.rglob("last.ckpt")]
+    both = [read_checkpoint(file)[DATA]["vocabulary"] for file in tmp_path.rglob("last.ckpt")]
     assert both == ["".join(sorted(words))] * 2 and "val/loss" in capsys.readouterr().out
 
 
@@ -415,8 +417,8 @@ def test_a_runs_own_callbacks_come_back_from_its_config_file_and_else_are_said_t
     config = yaml.safe_load(own.read_text())
     config["trainer"] |= {"callbacks": [{"class_path": f"{__name__}.Mine"}], "default_root_dir": str(tmp_path)}
     own.write_text(yaml.safe_dump(config))
-    saved = checkpoint.read(last)
-    checkpoint.write(saved | {"config": own.read_text()}, last)
+    saved = read_checkpoint(last)
+    write_checkpoint(saved | {"config": own.read_text()}, last)
     shutil.copy(last, tmp_path / "copy.ckpt")
     capsys.readouterr()
     more = [f"--trainer.default_root_dir={tmp_path}", "--sample.length=0", "--trainer.max_steps"]
@@ -430,28 +432,28 @@ def test_a_runs_own_callbacks_come_back_from_its_config_file_and_else_are_said_t
     main(["validate", f"--config={own}", f"--ckpt_path={last}"])
     told = capsys.readouterr()
     assert "mine since 6" in told.out and "val/loss" in told.out and "brings along" not in told.err
-    assert checkpoint.read(last)["global_step"] == 7
+    assert read_checkpoint(last)["global_step"] == 7
 
 
 def test_an_average_starts_from_the_weights_and_ends_when_a_run_goes_on(run, tmp_path, capsys):
     last, more = run / "checkpoints" / "last.ckpt", ["--sample.length=0", "--model.learning_rate=0"]
-    with_average = ["--model.ema_decay=0.9", "--trainer.max_steps=6", f"--trainer.default_root_dir={tmp_path}/a"]
-    main(["fit", f"--ckpt_path={last}", *with_average, *more])
+    with_ema = ["--model.ema_decay=0.9", "--trainer.max_steps=6", f"--trainer.default_root_dir={tmp_path}/a"]
+    main(["fit", f"--ckpt_path={last}", *with_ema, *more])
     (averaged,) = (tmp_path / "a").rglob("last.ckpt")
-    weights, first = checkpoint.read(averaged)["state_dict"], checkpoint.read(last)["state_dict"]
+    weights, first = read_checkpoint(averaged)["state_dict"], read_checkpoint(last)["state_dict"]
     assert all(torch.equal(weights[f"{net}.{name[4:]}"], w) for name, w in first.items() for net in ("net", "average"))
     capsys.readouterr()
     without = ["--model.ema_decay=0", "--trainer.max_steps=7", f"--trainer.default_root_dir={tmp_path}/b"]
     main(["fit", f"--ckpt_path={averaged}", *without, *more])
     assert "the average is dropped" in capsys.readouterr().err
     (plain,) = (tmp_path / "b").rglob("last.ckpt")
-    assert checkpoint.read(plain)["state_dict"].keys() == first.keys()
+    assert read_checkpoint(plain)["state_dict"].keys() == first.keys()
 
 
 @pytest.mark.parametrize(
     "flag, message",
     [
-        ("--data.unknown=replace", "data.unknown=replace needs a token for the unknown"),
+        ("--data.on_unknown=replace", "data.on_unknown=replace needs a token for the unknown"),
         ("--model.optimizer=muon", "model.optimizer=muon contradicts the checkpoint"),
         ("--trainer.precision=transformer-engine", "trainer.precision=transformer-engine"),
     ],
@@ -464,12 +466,12 @@ def test_what_a_resumed_run_can_not_change_is_said_in_one_sentence(run, tmp_path
 
 
 def test_lightning_loads_it_without_a_trainer_and_from_one_byte_a_weight(run, tmp_path):
-    net, _ = checkpoint.load(last := run / "checkpoints" / "last.ckpt")
+    net, _ = load_net(last := run / "checkpoints" / "last.ckpt")
     lm = LanguageModel.load_from_checkpoint(last)
     assert all(torch.equal(w, lm.net.state_dict()[name]) for name, w in net.state_dict().items())
-    checkpoint.shrink(str(last), str(tmp_path / "small.ckpt"))
+    quantize(str(last), str(tmp_path / "small.ckpt"))
     (small, _), lm = (
-        checkpoint.load(tmp_path / "small.ckpt"),
+        load_net(tmp_path / "small.ckpt"),
         LanguageModel.load_from_checkpoint(tmp_path / "small.ckpt"),
     )
     assert all(torch.equal(w, lm.net.state_dict()[name]) for name, w in small.state_dict().items())
@@ -481,7 +483,7 @@ SCALARS = [None, True, False, 0, 1, -1, 7, 2**31, 2**53 + 1, 2**62, -(2**62), 0.
 SCALARS += ["", "a", "null", "~", "# a", "evil.Evil", "../../out", "/dev/zero", "a" * 5000, "\0", "é😀", "[" * 300]
 EVILS = [EVIL, EVIL[0], SAVER, {"class_path": "os.system", "init_args": {"command": "touch bomb"}}]
 NO_CONFIGS = [BOMB, "- a", "{", "\0", "a: " + "[" * 9999, "trainer: {plugins+: !!python/name:os.a }", "é" * 10**6]
-SHAPES, TYPES = [(), (0,), (1,), (16,), (32, 16), (3, 4, 5)], [*FLOATS, torch.int64, torch.bool]
+SHAPES, TYPES = [(), (0,), (1,), (16,), (32, 16), (3, 4, 5)], [*FLOAT_DTYPES, torch.int64, torch.bool]
 
 
 def some_value(dice, depth=0):
@@ -540,9 +542,9 @@ def crafted(saved, config, dice):
 @pytest.fixture(scope="module")
 def parser():
     """The part of the command line that reads a checkpoint's settings."""
-    parser = cli.Parser()
+    parser = TrainingParser()
     parser.add_argument("--config", action="config")
-    for made_of, name in (L.Trainer, "trainer"), (LanguageModel, "model"), (TinyShakespeare, "data"):
+    for made_of, name in (L.Trainer, "trainer"), (LanguageModel, "model"), (TextDataModule, "data"):
         parser.add_lightning_class_args(made_of, name)
     return parser
 
@@ -550,22 +552,22 @@ def parser():
 def refuses_or_takes(path, parser, capsys):
     """Read a file as each command does, up to where Lightning starts; it ends with one sentence, if it does not fit."""
     try:
-        net, tokenizer = checkpoint.load(path)
-        saved = checkpoint.read_strictly(path)
-        tokenizer.decode(generate(net, torch.zeros(1, 1, dtype=torch.int64), 2)[0])
+        net, tokenizer = load_net(path)
+        saved = read_verified(path)
+        tokenizer.decode(generate_ids(net, torch.zeros(1, 1, dtype=torch.int64), 2)[0])
         for command in "fit", "validate":
-            settings = settings_of_run(saved, command)
+            settings = run_settings(saved, command)
             trainer = settings["trainer"]
             assert set(trainer) <= FROM_TRAINER and not any(names_classes(key, trainer[key]) for key in trainer)
-            assert yaml.safe_load(as_yaml(settings)) == plain(settings)
+            assert yaml.safe_load(to_quoted_yaml(settings)) == as_lists(settings)
             config = parser.parse_args(
-                [f"--config={as_yaml({key: settings[key] for key in ('trainer', 'model', 'data')})}"]
+                [f"--config={to_quoted_yaml({key: settings[key] for key in ('trainer', 'model', 'data')})}"]
             )
             lm = LanguageModel(**config.model)
-        assert classes_of_run(path, saved, ".")[0] == {}
+        assert class_settings(path, saved, ".")[0] == {}
         if "optimizer_states" in saved:
-            refuse_unfit_optimizer(saved["optimizer_states"], lm.parameter_groups())
-            refuse_unlike(saved.get("loops"), saved.get("loops"), "loops")
+            check_optimizer_state(saved["optimizer_states"], lm.parameter_groups())
+            check_counters(saved.get("loops"), saved.get("loops"), "loops")
     except ValueError as error:
         assert "\n" not in str(error) and len(str(error)) < 1000
         return str(error)
@@ -585,7 +587,7 @@ def test_a_crafted_file_runs_no_code_and_is_taken_or_refused_in_a_moment(
     path, config, outcomes, slowest = tmp_path / "x.ckpt", yaml.safe_load(saved["config"]), Counter(), 0.0
     for seed in range(times):
         try:
-            checkpoint.write(crafted(saved, config, random.Random(seed)), path)
+            write_checkpoint(crafted(saved, config, random.Random(seed)), path)
         except RecursionError:  # no pickle holds it
             continue
         since = time.perf_counter()
@@ -603,7 +605,7 @@ def test_a_crafted_file_is_taken_or_refused_by_each_command(saved, nursery, tmp_
     quick = ["--sample.length=0", "--trainer.max_steps=6", "--trainer.max_time=00:00:00:20"]
     path, config, corpus = tmp_path / "x.ckpt", yaml.safe_load(saved["config"]), saved[DATA]["corpus"]
     for seed in range(50):
-        checkpoint.write(crafted(saved, config, random.Random(10_000 + seed)), path)
+        write_checkpoint(crafted(saved, config, random.Random(10_000 + seed)), path)
         for command in (
             ["fit", f"--ckpt_path={path}", *quick],
             ["fit", *TINY, f"--model.init_from={path}", f"--data.corpus={corpus}", *quick],

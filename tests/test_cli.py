@@ -17,10 +17,10 @@ import yaml
 from conftest import TINY
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lightning_gpt import checkpoint
-from lightning_gpt.main import main
-from lightning_gpt.optim import lr_factor
-from lightning_gpt.settings import CONFIGS
+from lightning_gpt.checkpoint.io import find_checkpoint, load_net, write_checkpoint
+from lightning_gpt.cli.config import CONFIGS
+from lightning_gpt.cli.main import main
+from lightning_gpt.training.optim import lr_factor
 
 
 def scalars(run):
@@ -110,10 +110,10 @@ def test_without_a_path_the_newest_best_checkpoint_is_taken(run, tmp_path, monke
 
 @pytest.mark.parametrize("name", sorted(f"{p.relative_to(CONFIGS).with_suffix('')}" for p in CONFIGS.glob("**/*.yaml")))
 def test_every_config_takes_a_step(name, tmp_path, token_files, text_file, ckpt, capsys):
-    small = "--trainer.fast_dev_run=true --data.batch_size=2 --sample.length=5 --data.renamed_copies=0".split()
+    small = "--trainer.fast_dev_run=true --data.batch_size=2 --sample.length=5 --data.name_augmentation=0".split()
     small += "--trainer.accelerator=cpu --trainer.devices=1 --trainer.precision=32-true --model.compile=false".split()
     if name == "gpt2":
-        small += [f"--data.tokens={token_files}", "--model.n_layer=1", "--model.n_embd=48"]
+        small += [f"--data.token_files={token_files}", "--model.n_layer=1", "--model.n_embd=48"]
         small += ["--trainer.accumulate_grad_batches=1"]
     if name == "finetune":
         small += [f"--model.init_from={ckpt}", f"--data.corpus={text_file}"]
@@ -189,12 +189,13 @@ def test_generates_flags_reach_the_dice(ckpt, capsys):
 
 
 def test_the_newest_checkpoint_is_taken(ckpt, tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "ROOT", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path := tmp_path / "checkpoints").mkdir()
     for age, name in enumerate(["b", "c", "a"]):
         (tmp_path / name).mkdir()
         shutil.copy(ckpt, tmp_path / name / "best.ckpt")
         os.utime(tmp_path / name / "best.ckpt", (1000 - age, 1000 - age))
-    assert checkpoint.find("best") == tmp_path / "b" / "best.ckpt"
+    assert find_checkpoint("best") == tmp_path / "b" / "best.ckpt"
 
 
 def test_every_prompt_is_continued(tmp_path, text_file):
@@ -293,7 +294,7 @@ def test_bad_corpus(tmp_path, fails, content, message):
         (["--seed_everything=true"], "seed_everything=True"),
         (["--seed_everything=-5"], "seed_everything=-5"),
         (["--data.split=[0.9,0.8]"], "data.split=(0.9, 0.8)"),
-        (["--model.position=rotary", "--model.n_embd=18"], "every head an odd number, 9"),
+        (["--model.position=rope", "--model.n_embd=18"], "every head an odd number, 9"),
         (["--ckpt_path=nowhere.ckpt"], "nowhere.ckpt does not exist"),
     ],
 )
@@ -321,7 +322,7 @@ def test_unknown_key_in_a_config(fails, tmp_path):
         (["--top_p=0"], "top_p=0.0"),
         (["--min_p=2"], "min_p=2.0"),
         (["--repetition_penalty=0"], "repetition_penalty=0.0"),
-        (["--stride=17"], "stride=17 must be between 1 and block_size=16"),
+        (["--context_shift=17"], "context_shift=17 must be between 1 and block_size=16"),
         (["--stop=['']"], "stop has an empty string"),
         (["--prompt_file=x.txt"], "not both"),
         (["--output=nowhere/x.txt"], "output=nowhere/x.txt"),
@@ -385,7 +386,7 @@ def test_a_checkpoint_can_not_have_classes_imported(run, tmp_path, monkeypatch):
         "strategy": {"class_path": "evil.Evil"},
         "default_root_dir": str(tmp_path / "elsewhere"),
     }
-    checkpoint.write(saved | {"config": yaml.safe_dump(config)}, "hostile.ckpt")
+    write_checkpoint(saved | {"config": yaml.safe_dump(config)}, "hostile.ckpt")
     main(["fit", "--ckpt_path=hostile.ckpt", "--trainer.max_steps=6"])
     main(["validate", "--ckpt_path=hostile.ckpt"])
     assert Path("checkpoints/tiny/version_0").exists()
@@ -395,18 +396,21 @@ def test_a_checkpoint_can_not_have_classes_imported(run, tmp_path, monkeypatch):
 def test_a_checkpoint_that_names_a_folder_elsewhere_is_refused(run, tmp_path, fails, monkeypatch):
     monkeypatch.chdir(tmp_path)
     saved = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
-    checkpoint.write(saved | {"config": saved["config"].replace("name: tiny", "name: ../out")}, "hostile.ckpt")
+    write_checkpoint(saved | {"config": saved["config"].replace("name: tiny", "name: ../out")}, "hostile.ckpt")
     assert "name='../out'" in fails("fit", "--ckpt_path=hostile.ckpt", "--trainer.max_steps=6")
 
 
 def test_a_checkpoint_describes_itself(ckpt, text_file):
-    net, tokenizer = checkpoint.load(ckpt)
+    net, tokenizer = load_net(ckpt)
     assert tokenizer.vocabulary == "".join(sorted(set(text_file.read_text())))
     assert net.config.block_size == 16 and not net.training
 
 
 def test_a_run_on_token_files_is_one_like_any(tmp_path, token_files, capsys):
-    root, data = f"--trainer.default_root_dir={tmp_path}", ["--data.tokens", token_files, "--data.token_kinds", "300"]
+    root, data = (
+        f"--trainer.default_root_dir={tmp_path}",
+        ["--data.token_files", token_files, "--data.vocab_size", "300"],
+    )
     main(["fit", *TINY, root, *data])
     (best,) = tmp_path.rglob("best.ckpt")
     main(["fit", f"--ckpt_path={best.with_name('last.ckpt')}", "--trainer.max_steps=7"])

@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_gpt.data import TINY_SHAKESPEARE, EveryWindow, RandomWindows, TinyShakespeare
-from lightning_gpt.renaming import Renaming
-from lightning_gpt.tokenizer import TokenIds
+from lightning_gpt.data.augment import NameAugmenter
+from lightning_gpt.data.corpus import TINY_SHAKESPEARE
+from lightning_gpt.data.datamodule import TextDataModule
+from lightning_gpt.data.tokenizers import TokenIds
+from lightning_gpt.data.windows import RandomWindows, SequentialWindows
 
 LINE = torch.arange(1000)  # token t stands at place t, so a window says where it is from
 
@@ -21,14 +23,14 @@ def test_the_corpus_is_the_one_that_published_results_stand_on():
 
 
 def test_the_split_is_the_lectures():
-    data = TinyShakespeare()
+    data = TextDataModule()
     assert (len(data.train_tokens), len(data.val_tokens), data.vocab_size) == (1_003_854, 111_540, 65)
     assert data.tokenizer.decode(data.train_tokens[:14]) == "First Citizen:"
     assert data.train_tokens.dtype == torch.uint8
 
 
 def test_targets_are_the_next_tokens():
-    data = TinyShakespeare()
+    data = TextDataModule()
     x, y = data.on_after_batch_transfer(RandomWindows(LINE, 8, 4, seed=1).batch(0), 0)
     assert x.shape == (4, 8) and torch.equal(y, x + 1)
 
@@ -53,7 +55,7 @@ def test_ranks_shares_make_up_the_global_batch():
 
 
 def test_two_shares_hold_out_a_part_of_the_training_split():
-    whole, tuning = TinyShakespeare(), TinyShakespeare(split=(0.81, 0.9))
+    whole, tuning = TextDataModule(), TextDataModule(split=(0.81, 0.9))
     assert torch.equal(torch.cat((tuning.train_tokens, tuning.val_tokens)), whole.train_tokens)
     assert len(tuning.val_tokens) == 100_385
 
@@ -70,7 +72,7 @@ The king is no name, nor is But. Who saw Verona?
 
 
 def test_copies_rename_each_name_everywhere_and_nothing_else():
-    play = Renaming(PLAY, keep=0.0)
+    play = NameAugmenter(PLAY, keep=0.0)
     assert play.names == ["JULIET", "ROMEO", "VERONA"]
     for seed in range(20):
         copy = play.copy(seed)
@@ -82,16 +84,16 @@ def test_copies_rename_each_name_everywhere_and_nothing_else():
         for mark, name in zip("12345", (heading, new, heading.title(), new.title(), town), strict=True):
             by_hand = by_hand.replace(f"<{mark}>", name)
         assert copy == by_hand and heading.isupper() and town.istitle()
-    assert len({play.copy(seed) for seed in range(20)}) > 15 and play.copy(3) == Renaming(PLAY, keep=0.0).copy(3)
+    assert len({play.copy(seed) for seed in range(20)}) > 15 and play.copy(3) == NameAugmenter(PLAY, keep=0.0).copy(3)
 
 
 def test_what_is_kept_stays_and_a_text_without_names_is_left_alone():
-    assert Renaming(PLAY, keep=1.0).copy(1) == PLAY
-    assert Renaming("no play at all\n", keep=0.0).copy(1) == "no play at all\n"
+    assert NameAugmenter(PLAY, keep=1.0).copy(1) == PLAY
+    assert NameAugmenter("no play at all\n", keep=0.0).copy(1) == "no play at all\n"
 
 
 def test_renamed_copies_add_to_the_training_text_and_leave_the_validation_split():
-    plain, copied = TinyShakespeare(), TinyShakespeare(renamed_copies=2)
+    plain, copied = TextDataModule(), TextDataModule(name_augmentation=2)
     assert torch.equal(copied.val_tokens, plain.val_tokens) and copied.vocab_size == 65
     assert torch.equal(copied.train_tokens[: len(plain.train_tokens)], plain.train_tokens)
     assert 2.9 < len(copied.train_tokens) / len(plain.train_tokens) < 3.1  # of the training text alone
@@ -103,14 +105,14 @@ def test_validation_predicts_every_token_but_the_first_once(n, world_size):
     targets = [
         window[:, 1:].flatten()
         for rank in range(world_size)
-        for window in EveryWindow(LINE[:n], 8, 3, rank, world_size)
+        for window in SequentialWindows(LINE[:n], 8, 3, rank, world_size)
     ]
     assert torch.equal(torch.cat(targets).sort().values, LINE[1:n])
 
 
 def on_rank(rank, world_size):
     """The data as one of several processes gets it."""
-    data = TinyShakespeare(block_size=16, batch_size=6)
+    data = TextDataModule(block_size=16, batch_size=6)
     endless = dict(limit_train_batches=1.0, max_epochs=-1, overfit_batches=0.0)
     data.trainer = SimpleNamespace(
         fit_loop=SimpleNamespace(total_batch_idx=-1), global_rank=rank, world_size=world_size, **endless
@@ -121,7 +123,7 @@ def on_rank(rank, world_size):
 @pytest.mark.parametrize("n", [33, 40, 49, 50, 81])
 def test_every_rank_validates_in_as_many_batches(n):  # a sharded net takes all ranks for each of them
     tokens = torch.arange(n)
-    assert len({len(EveryWindow(tokens, 8, 2, rank, 3)) for rank in range(3)}) == 1
+    assert len({len(SequentialWindows(tokens, 8, 2, rank, 3)) for rank in range(3)}) == 1
 
 
 def test_the_loaders_give_each_rank_its_own_share():
@@ -151,14 +153,14 @@ def test_a_batch_that_the_devices_cannot_share_is_refused():
 def test_tokens_travel_in_the_smallest_type_that_holds_them(tmp_path, size, dtype):
     text = "".join(chr(0x10000 + i) for i in range(size)) * 2
     (tmp_path / "text").write_text(text)
-    data = TinyShakespeare(str(tmp_path / "text"), block_size=8)
+    data = TextDataModule(str(tmp_path / "text"), block_size=8)
     assert data.train_tokens.dtype == dtype
     assert data.tokenizer.decode(data.train_tokens) + data.tokenizer.decode(data.val_tokens) == text
 
 
 def test_a_checkpoints_vocabulary_serves_a_text_with_fewer_characters_and_line_ends_stay(tmp_path):
     (tmp_path / "text").write_bytes(b"b\r\na" * 50)
-    data = TinyShakespeare(str(tmp_path / "text"), block_size=8, vocabulary="\n\rabcd")
+    data = TextDataModule(str(tmp_path / "text"), block_size=8, vocabulary="\n\rabcd")
     assert data.vocab_size == 6 and data.train_tokens[:4].tolist() == [3, 1, 0, 2]
 
 
@@ -167,8 +169,8 @@ def test_a_checkpoints_vocabulary_serves_a_text_with_fewer_characters_and_line_e
 
 def test_token_files_are_served_as_they_are_and_mapped(token_files):
     train, val = (np.fromfile(path, dtype=np.uint16).astype(np.int64) for path in token_files.split(","))
-    data = TinyShakespeare(block_size=8, batch_size=4, tokens=token_files, token_kinds=300)
-    served = torch.cat([window.long()[:, 1:].flatten() for window in EveryWindow(data.val_tokens, 8, 4)])
+    data = TextDataModule(block_size=8, batch_size=4, tokens=token_files, vocab_size=300)
+    served = torch.cat([window.long()[:, 1:].flatten() for window in SequentialWindows(data.val_tokens, 8, 4)])
     np.testing.assert_array_equal(served, val[1:])
     windows = RandomWindows(data.train_tokens, 8, 4, seed=1).batch(7).long().numpy()
     everywhere = np.lib.stride_tricks.sliding_window_view(train, 9)
@@ -182,9 +184,9 @@ def test_token_files_are_served_as_they_are_and_mapped(token_files):
         (b"", {}, "has 0 bytes"),
         (b"\1\0" * 50 + b"\54\1" + b"\1\2", {}, "has the id 300 at token 50, beyond the 300 kinds"),
         (b"\1\0" * 8, {}, "has 8 tokens, too few"),
-        (b"\1\0\1\0" * 50, {"token_type": "uint32"}, "has the id 65537"),
-        (b"\1\0\0\0" * 50, {}, "as if they were uint32: give data.token_type"),
-        (b"\1\0" * 50, {"token_kinds": None}, "how many kinds of tokens"),
+        (b"\1\0\1\0" * 50, {"token_dtype": "uint32"}, "has the id 65537"),
+        (b"\1\0\0\0" * 50, {}, "as if they were uint32: give data.token_dtype"),
+        (b"\1\0" * 50, {"vocab_size": None}, "how many kinds of tokens"),
         (b"\1\0" * 50, {"corpus": "text"}, "data.corpus=text are two texts"),
     ],
 )
@@ -192,12 +194,12 @@ def test_bad_token_files(tmp_path, token_files, content, settings, message):
     (tmp_path / "x.bin").write_bytes(content)
     with pytest.raises(ValueError, match=message):
         both = f"{tmp_path}/x.bin, {token_files.split(',')[1]}"
-        TinyShakespeare(block_size=8, **{"tokens": both, "token_kinds": 300} | settings)
+        TextDataModule(block_size=8, **{"tokens": both, "vocab_size": 300} | settings)
 
 
 def test_a_vocabulary_size_without_token_files_is_refused():
     with pytest.raises(ValueError, match="is for token files"):
-        TinyShakespeare(block_size=8, token_kinds=300)
+        TextDataModule(block_size=8, vocab_size=300)
 
 
 def test_ids_are_written_as_numbers():

@@ -8,10 +8,11 @@ import pytest
 import torch
 from conftest import MODERN, T, V, loud
 
+from lightning_gpt.inference.engine import DecodeSession
+from lightning_gpt.inference.triton_step import TritonStep
+from lightning_gpt.model.gpt import GPT, GPTConfig
+
 pytest.importorskip("triton")
-from lightning_gpt.decoding import Decoder
-from lightning_gpt.generation import Writer
-from lightning_gpt.model import GPT, GPTConfig
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NETS = {
@@ -40,9 +41,11 @@ def writer(net, rows, length, steps, penalty=1.0, **how):
     """A writer that has read prompts, and its decoder."""
     idx = torch.randint(V, (rows, length), generator=torch.Generator().manual_seed(1)).to(DEVICE)
     how = dict(top_k=None, top_p=None, min_p=None) | how
-    w = Writer(net, idx, [length] * rows, steps, 1, True, penalty, True, torch.Generator(DEVICE).manual_seed(2), how)
+    w = DecodeSession(
+        net, idx, [length] * rows, steps, 1, True, penalty, True, torch.Generator(DEVICE).manual_seed(2), how
+    )
     w.cache.length, w.cache.even = torch.zeros(rows, dtype=torch.long, device=DEVICE), True
-    decoder = Decoder(w)
+    decoder = TritonStep(w)
     w.throw_dice()
     w.begin(*w.context(list(range(rows)), 0))
     return w, decoder
@@ -74,7 +77,7 @@ def test_every_way_to_draw_draws_the_same_tokens(name):
 
 @pytest.mark.parametrize("rows", [1, 18])
 def test_a_long_past_in_slices_and_many_rows_write_the_same_text(rows):
-    assert_same_text(make(300, n_layer=1, position="rotary"), rows, 270 + rows, 2, temperature=1.0)
+    assert_same_text(make(300, n_layer=1, position="rope"), rows, 270 + rows, 2, temperature=1.0)
 
 
 @torch.inference_mode()

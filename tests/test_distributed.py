@@ -14,14 +14,16 @@ import torch
 from conftest import TINY
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lightning_gpt import checkpoint
+import lightning_gpt
+from lightning_gpt.checkpoint.io import read_checkpoint
+from lightning_gpt.data.corpus import TINY_SHAKESPEARE
 
 # 64-true: what rounding does is below 1e-12, and the dice of dropout depend on the rank
 STILL = ["--trainer.precision=64-true", "--model.dropout=0", "--trainer.val_check_interval=2", "--sample.length=9"]
 # a schedule, clipped gradients, an average, 3 windows for each of 4 processes
 HARD = ["--trainer.gradient_clip_val=0.1", "--model.warmup_steps=2", "--model.ema_decay=0.9", "--data.batch_size=12"]
 ADAMW = [*HARD, "--model.n_layer=2", "--trainer.accumulate_grad_batches=2"]
-MUON = [*HARD, "--model.n_layer=3", "--model.optimizer=muon", "--model.norm=rms", "--model.position=rotary"]
+MUON = [*HARD, "--model.n_layer=3", "--model.optimizer=muon", "--model.norm=rmsnorm", "--model.position=rope"]
 
 
 def start(folder, *args, path=(), module="lightning_gpt", **env):
@@ -58,7 +60,7 @@ def fit(nursery, tmp_path, text_file):
         assert nursery.run(tmp_path / name, "fit", *fresh, *args, **how) == 0, nursery.log.read_text()
         assert "Warning" not in nursery.log.read_text()
         (last,) = tmp_path.glob(f"{name}/checkpoints/*/*/checkpoints/last.ckpt")  # one run, whoever took part in it
-        return checkpoint.read(last)
+        return read_checkpoint(last)
 
     return fit
 
@@ -83,12 +85,12 @@ def moments(saved):
 @pytest.mark.parametrize(
     "processes, strategy, settings",
     [
-        pytest.param(2, "replicas", ADAMW, id="2 replicas, adamw"),
-        pytest.param(3, "replicas", MUON, id="3 replicas, muon"),
-        pytest.param(2, "shards", ADAMW, id="2 shards"),
-        pytest.param(4, "replicas", ADAMW, id="4 replicas, adamw", marks=pytest.mark.slow),
-        pytest.param(4, "replicas", MUON, id="4 replicas, muon", marks=pytest.mark.slow),
-        pytest.param(3, "shards", ADAMW, id="3 shards", marks=pytest.mark.slow),
+        pytest.param(2, "ddp_flat", ADAMW, id="2 replicas, adamw"),
+        pytest.param(3, "ddp_flat", MUON, id="3 replicas, muon"),
+        pytest.param(2, "fsdp2", ADAMW, id="2 shards"),
+        pytest.param(4, "ddp_flat", ADAMW, id="4 replicas, adamw", marks=pytest.mark.slow),
+        pytest.param(4, "ddp_flat", MUON, id="4 replicas, muon", marks=pytest.mark.slow),
+        pytest.param(3, "fsdp2", ADAMW, id="3 shards", marks=pytest.mark.slow),
     ],
 )
 def test_several_processes_train_as_one(fit, processes, strategy, settings):
@@ -128,7 +130,7 @@ def test_any_number_of_processes_goes_on_where_others_stopped(fit, tmp_path, way
 
 
 def test_what_shards_saved_is_a_net_like_any_other(fit, nursery, tmp_path):
-    val_loss = fit("run", *ADAMW, "--trainer.strategy=shards", "--trainer.max_steps=2", processes=2)["val_loss"]
+    val_loss = fit("run", *ADAMW, "--trainer.strategy=fsdp2", "--trainer.max_steps=2", processes=2)["val_loss"]
     assert nursery.run(tmp_path / "run", "generate", "--prompt", "the", "--max_new_tokens", "5") == 0
     assert "\nthe" in nursery.log.read_text()
     for how in {}, {"processes": 2}, {"processes": 3}:
@@ -163,7 +165,7 @@ def test_a_signal_to_one_stops_all_and_saves(tmp_path, text_file):
     code, said = end(process, 60)
     assert code == 143 and "stopped by SIGTERM after step" in said, said
     step = int(said.split("after step ")[1].split(",")[0].replace(",", ""))
-    assert checkpoint.read(next(tmp_path.rglob("last.ckpt")))["global_step"] == step
+    assert read_checkpoint(next(tmp_path.rglob("last.ckpt")))["global_step"] == step
 
 
 @pytest.mark.slow
@@ -174,7 +176,7 @@ def test_when_one_dies_the_other_ends_and_what_was_saved_is_good(tmp_path, text_
     os.kill(int(child), signal.SIGKILL)
     code, said = end(process, 60)
     assert code != 0
-    assert checkpoint.read(next(tmp_path.rglob("last.ckpt")))["global_step"] > 0
+    assert read_checkpoint(next(tmp_path.rglob("last.ckpt")))["global_step"] > 0
     assert (
         said.count("error") == 1
         and "another process of this run has ended or hangs" in said
@@ -242,8 +244,8 @@ def test_processes_with_other_software_end_and_say_so(tmp_path, text_file, port)
     number = port.getsockname()[1]
     port.close()
     package = tmp_path / "other" / "lightning_gpt"
-    shutil.copytree(Path(checkpoint.__file__).parent, package, ignore=shutil.ignore_patterns("corpus", "__pycache__"))
-    (package / "corpus").symlink_to(Path(checkpoint.__file__).parent / "corpus")
+    shutil.copytree(Path(lightning_gpt.__file__).parent, package, ignore=shutil.ignore_patterns("*.txt", "__pycache__"))
+    (package / "data/tiny_shakespeare.txt").symlink_to(TINY_SHAKESPEARE)
     (package / "__init__.py").write_text('__version__ = "9.9"')
     both = [as_torchrun_would(tmp_path, text_file, r, number, path=[str(package.parent)] if r else []) for r in (0, 1)]
     for code, said in map(end, both):
@@ -251,9 +253,9 @@ def test_processes_with_other_software_end_and_say_so(tmp_path, text_file, port)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("strategy", ["replicas", "shards"])
+@pytest.mark.parametrize("strategy", ["ddp_flat", "fsdp2"])
 def test_the_bench_times_two_processes(tmp_path, strategy):
     how = ["--trainer.accumulate_grad_batches=1", "--trainer.devices=2", f"--trainer.strategy={strategy}"]
     args = [*TINY, "--config=gpt2", *TINY, *how, "--model.compile=false", "--bench.vocab_size=300", "--bench.steps=40"]
-    code, said = end(start(tmp_path, *args, "--trainer.precision=32-true", module="lightning_gpt.bench"))
+    code, said = end(start(tmp_path, *args, "--trainer.precision=32-true", module="lightning_gpt.benchmarks.training"))
     assert code == 0 and said.count("\nTrainer ") == 1 and "2 x CPU" in said and "Traceback" not in said, said

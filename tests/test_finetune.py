@@ -7,12 +7,19 @@ import pytest
 import torch
 from conftest import TINY
 
-from lightning_gpt import checkpoint
-from lightning_gpt.generation import generate
-from lightning_gpt.main import main
-from lightning_gpt.tokenizer import ByteTokenizer, CharTokenizer
+from lightning_gpt.checkpoint.io import load_net, read_checkpoint, write_checkpoint
+from lightning_gpt.checkpoint.transfer import transfer_weights
+from lightning_gpt.cli.main import main
+from lightning_gpt.data.tokenizers import ByteTokenizer, CharTokenizer
+from lightning_gpt.inference.engine import generate_ids
 
-SHAPE = ["--model.ngram=3", "--model.ngram_rows=50", "--model.n_layer=2", "--model.position=rotary", "--model.norm=rms"]
+SHAPE = [
+    "--model.ngram_max=3",
+    "--model.ngram_buckets=50",
+    "--model.n_layer=2",
+    "--model.position=rope",
+    "--model.norm=rmsnorm",
+]
 RECIPE = ["--model.optimizer=muon", "--model.ema_decay=0.5"]
 SMALL = ["--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.strategy=auto", "--sample.length=10"]
 
@@ -40,7 +47,7 @@ def tune(root, base, corpus, *flags):
     """Fine-tune for four steps; the last checkpoint, read."""
     few = ["--trainer.max_steps=4", "--trainer.val_check_interval=2", "--model.min_lr_ratio=1"]
     fit(root, corpus, "--config=finetune", *SMALL, *few, f"--model.init_from={base}", *flags)
-    return checkpoint.read(Path(root) / "finetune" / "version_0" / "checkpoints" / "last.ckpt")
+    return read_checkpoint(Path(root) / "finetune" / "version_0" / "checkpoints" / "last.ckpt")
 
 
 def weights(saved, prefix):
@@ -48,24 +55,24 @@ def weights(saved, prefix):
 
 
 def test_it_starts_from_the_average_with_the_checkpoints_sizes_and_vocabulary(tmp_path, base, play):
-    start = checkpoint.read(base)
+    start = read_checkpoint(base)
     tuned = tune(tmp_path, base, play, "--model.learning_rate=0", "--model.ema_decay=0.9")
-    for prefix in "net.", "average.":
-        now, then = weights(tuned, prefix), weights(start, "average.")
+    for prefix in "net.", "ema_net.":
+        now, then = weights(tuned, prefix), weights(start, "ema_net.")
         assert now.keys() == then.keys() and all(torch.equal(now[name], then[name]) for name in now)
-    assert not torch.equal(start["state_dict"]["net.wte.weight"], start["state_dict"]["average.wte.weight"])
+    assert not torch.equal(start["state_dict"]["net.wte.weight"], start["state_dict"]["ema_net.wte.weight"])
     assert tuned["datamodule_hyper_parameters"]["vocabulary"] == start["datamodule_hyper_parameters"]["vocabulary"]
     assert tuned["global_step"] == 4 and tuned["hyper_parameters"]["n_layer"] == 2
 
 
 def test_a_resumed_fine_tuning_is_bitwise_the_unbroken_one_and_needs_no_first_checkpoint(tmp_path, base, play):
-    how = ["--model.freeze=1", *RECIPE]
+    how = ["--model.freeze_layers=1", *RECIPE]
     copy = shutil.copy(base, tmp_path / "start.ckpt")
     tune(tmp_path / "a", copy, play, *how)
     Path(copy).unlink()
     last = tmp_path / "a" / "finetune" / "version_0" / "checkpoints" / "last.ckpt"
     main(["fit", f"--ckpt_path={last}", "--trainer.max_steps=7", f"--trainer.default_root_dir={tmp_path}/a"])
-    unbroken, resumed = tune(tmp_path / "b", base, play, *how, "--trainer.max_steps=7"), checkpoint.read(last)
+    unbroken, resumed = tune(tmp_path / "b", base, play, *how, "--trainer.max_steps=7"), read_checkpoint(last)
     assert resumed["global_step"] == unbroken["global_step"] == 7
     for name, w in unbroken["state_dict"].items():
         assert torch.equal(resumed["state_dict"][name], w), name
@@ -73,8 +80,8 @@ def test_a_resumed_fine_tuning_is_bitwise_the_unbroken_one_and_needs_no_first_ch
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_frozen_layers_stay_and_the_others_learn(tmp_path, base, play, optimizer):
-    start = weights(checkpoint.read(base), "average.")
-    tuned = weights(tune(tmp_path, base, play, "--model.freeze=1", f"--model.optimizer={optimizer}"), "net.")
+    start = weights(read_checkpoint(base), "ema_net.")
+    tuned = weights(tune(tmp_path, base, play, "--model.freeze_layers=1", f"--model.optimizer={optimizer}"), "net.")
     for name, w in tuned.items():
         assert torch.equal(w, start[name]) == name.startswith(("w", "h.0.")), name
 
@@ -82,14 +89,14 @@ def test_frozen_layers_stay_and_the_others_learn(tmp_path, base, play, optimizer
 def test_a_vocabulary_that_is_extended_leaves_the_old_texts_alone(tmp_path, base, play):
     text = "Zoë sat on a mat\n" * 30
     play.write_text(text + play.read_text())
-    tune(tmp_path, base, play, "--data.unknown=extend", "--model.learning_rate=0")
+    tune(tmp_path, base, play, "--data.on_unknown=extend", "--model.learning_rate=0")
     last = tmp_path / "finetune" / "version_0" / "checkpoints" / "last.ckpt"
-    (old_net, old), (net, new) = checkpoint.load(base), checkpoint.load(last)
+    (old_net, old), (net, new) = load_net(base), load_net(last)
     assert new.vocabulary == old.vocabulary + "Zë"
     idx = old.encode("the cat")[None]
     assert torch.equal(net(idx)[..., : len(old)], old_net(idx))
     assert torch.equal(new.encode("the cat"), old.encode("the cat"))
-    assert new.decode(generate(net, new.encode("Zoë")[None], 5))[:3] == "Zoë"
+    assert new.decode(generate_ids(net, new.encode("Zoë")[None], 5))[:3] == "Zoë"
     main(["validate", f"--ckpt_path={last}"])
 
 
@@ -97,7 +104,7 @@ def test_a_shorter_context_takes_the_first_positions(tmp_path, text_file, play):
     fit(tmp_path, text_file, *TINY)
     first = tmp_path / "tiny" / "version_0" / "checkpoints" / "last.ckpt"
     tuned = tune(tmp_path, first, play, "--model.block_size=7", "--model.learning_rate=0")
-    before = checkpoint.read(first)["state_dict"]["net.wpe.weight"]
+    before = read_checkpoint(first)["state_dict"]["net.wpe.weight"]
     assert torch.equal(tuned["state_dict"]["net.wpe.weight"], before[:7]) and len(before) == 16
 
 
@@ -108,7 +115,7 @@ def test_a_shorter_context_takes_the_first_positions(tmp_path, text_file, play):
         (["--model.block_size=99"], "model.block_size=99 contradicts"),
         (["--data.tokenizer=byte"], "data.tokenizer=byte contradicts"),
         (["--data.vocabulary=abc"], "data.vocabulary=abc contradicts"),
-        (["--model.freeze=3"], "freeze=3 must be 0 or more, and 2 at most"),
+        (["--model.freeze_layers=3"], "freeze_layers=3 must be 0 or more, and 2 at most"),
         (["--model.init_from=nowhere.ckpt"], "nowhere.ckpt does not exist"),
     ],
 )
@@ -122,38 +129,38 @@ def test_unknown_characters_are_named_and_frozen_embeddings_can_not_learn_them(t
     ask = ["fit", "--config=finetune", *SMALL, f"--model.init_from={base}", f"--data.corpus={play}"]
     ask += [f"--trainer.default_root_dir={tmp_path}/run"]
     told = fails(*ask)
-    assert "'Zë'" in told and "--data.unknown drop, replace or extend" in told
-    assert "'Zë'" in fails(*ask, "--data.unknown=extend", "--model.freeze=1")
+    assert "'Zë'" in told and "--data.on_unknown drop, replace or extend" in told
+    assert "'Zë'" in fails(*ask, "--data.on_unknown=extend", "--model.freeze_layers=1")
 
 
 def test_a_vocabulary_is_not_extended_when_a_run_goes_on_or_is_validated(base, fails):
     for command in "fit", "validate":
-        assert "would change the vocabulary" in fails(command, f"--ckpt_path={base}", "--data.unknown=extend")
+        assert "would change the vocabulary" in fails(command, f"--ckpt_path={base}", "--data.on_unknown=extend")
 
 
 def test_weights_of_another_tokenizer_or_shape_are_refused_with_both_named(base):
-    net, tokenizer = checkpoint.load(base)
+    net, tokenizer = load_net(base)
     fresh = net.state_dict()
     with pytest.raises(ValueError, match=f"{len(tokenizer)} tokens of its CharTokenizer.* 256 of a ByteTokenizer"):
-        checkpoint.weights_for(base, fresh, ByteTokenizer())
+        transfer_weights(base, fresh, ByteTokenizer())
     with pytest.raises(ValueError, match="which lack"):
-        checkpoint.weights_for(base, fresh, CharTokenizer(tokenizer.vocabulary[1:]))
+        transfer_weights(base, fresh, CharTokenizer(tokenizer.vocabulary[1:]))
     with pytest.raises(ValueError, match=r"h.0.attn.c_proj.weight is \(16, 16\) in it and \(9, 16\) here"):
-        checkpoint.weights_for(base, fresh | {"h.0.attn.c_proj.weight": torch.zeros(9, 16)}, tokenizer)
+        transfer_weights(base, fresh | {"h.0.attn.c_proj.weight": torch.zeros(9, 16)}, tokenizer)
     with pytest.raises(ValueError, match="wpe.weight is not there in it"):
-        checkpoint.weights_for(base, fresh | {"wpe.weight": torch.zeros(9, 16)}, tokenizer)
+        transfer_weights(base, fresh | {"wpe.weight": torch.zeros(9, 16)}, tokenizer)
 
 
 def test_a_checkpoint_that_is_older_than_these_settings_goes_on_and_is_started_from(tmp_path, text_file, play):
     fit(tmp_path, text_file, *TINY)
     last = tmp_path / "tiny" / "version_0" / "checkpoints" / "last.ckpt"
-    saved = checkpoint.read(last)
+    saved = read_checkpoint(last)
     for part in "hyper_parameters", "datamodule_hyper_parameters":
-        for name in "tokenizer", "unknown", "init_from", "freeze":
+        for name in "tokenizer", "on_unknown", "init_from", "freeze_layers":
             saved[part].pop(name, None)
     saved["config"] = "\n".join(line for line in saved["config"].splitlines() if "unknown:" not in line)
-    checkpoint.write(saved, last)
+    write_checkpoint(saved, last)
     tune(tmp_path, last, play)
     main(["validate", f"--ckpt_path={last}"])
     main(["fit", f"--ckpt_path={last}", "--trainer.max_steps=7", f"--trainer.default_root_dir={tmp_path}"])
-    assert checkpoint.read(last)["global_step"] == 7  # in its own folder
+    assert read_checkpoint(last)["global_step"] == 7  # in its own folder

@@ -12,11 +12,11 @@ import pytest
 import torch
 from conftest import MODERN, TINY, T, V, loud
 
-from lightning_gpt import checkpoint
-from lightning_gpt.formats import described, tokenizer_in
-from lightning_gpt.main import main
-from lightning_gpt.model import GPT, GPTConfig
-from lightning_gpt.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, TokenIds
+from lightning_gpt.checkpoint.convert import read_hf_tokenizer
+from lightning_gpt.checkpoint.io import load_net, read_checkpoint, write_checkpoint
+from lightning_gpt.cli.main import main
+from lightning_gpt.data.tokenizers import BPETokenizer, ByteTokenizer, CharTokenizer, TokenIds, tokenizer_state
+from lightning_gpt.model.gpt import GPT, GPTConfig
 
 SIZES = dict(n_layer=3, n_head=2, n_embd=16, dropout=0.1)
 MERGES = "t h\nth e\nĠ the\nÃ ¯"
@@ -38,14 +38,17 @@ def hugging_face(folder, **how):
 def save(path, tokenizer, **how):
     """A checkpoint of a loud random net."""
     net = loud(GPT(GPTConfig(len(tokenizer), T, **SIZES | how))).float()
-    saved = {"hyper_parameters": net.config.__dict__ | {"seed": 1}, "datamodule_hyper_parameters": described(tokenizer)}
+    saved = {
+        "hyper_parameters": net.config.__dict__ | {"seed": 1},
+        "datamodule_hyper_parameters": tokenizer_state(tokenizer),
+    }
     saved["pytorch-lightning_version"] = "2.6.6"
-    checkpoint.write(saved | {"state_dict": {f"net.{k}": w for k, w in net.state_dict().items()}}, path)
+    write_checkpoint(saved | {"state_dict": {f"net.{k}": w for k, w in net.state_dict().items()}}, path)
     return net
 
 
 def same(one, other):
-    one, other = checkpoint.read(one), checkpoint.read(other)
+    one, other = read_checkpoint(one), read_checkpoint(other)
     assert one["datamodule_hyper_parameters"] == other["datamodule_hyper_parameters"]
     assert one["state_dict"].keys() == other["state_dict"].keys()
     return all(torch.equal(w, other["state_dict"][name]) for name, w in one["state_dict"].items())
@@ -61,14 +64,14 @@ def same(one, other):
 )
 def test_a_gpt2_of_hugging_faces_has_the_same_logits_here_and_returns_to_the_bit(tmp_path, idx, how):
     theirs = hugging_face(tmp_path / "hf", **how)
-    main(["import", "--from", f"hf:{tmp_path}/hf", "--output", f"{tmp_path}/one.ckpt"])
-    net, _ = checkpoint.load(tmp_path / "one.ckpt")
+    main(["import", "--source", f"hf:{tmp_path}/hf", "--output", f"{tmp_path}/one.ckpt"])
+    net, _ = load_net(tmp_path / "one.ckpt")
     torch.testing.assert_close(net(idx), theirs(idx).logits, rtol=0, atol=1e-5)
     torch.testing.assert_close(net.double()(idx), theirs.double()(idx).logits, rtol=0, atol=1e-10)
     assert net.config.tie_embeddings == how.get("tie_word_embeddings", True)
 
     main(["export", "--to=hf", f"--ckpt_path={tmp_path}/one.ckpt", f"--output={tmp_path}/back"])
-    main(["import", f"--from=hf:{tmp_path}/back", f"--output={tmp_path}/two.ckpt"])
+    main(["import", f"--source=hf:{tmp_path}/back", f"--output={tmp_path}/two.ckpt"])
     assert same(tmp_path / "one.ckpt", tmp_path / "two.ckpt")
 
 
@@ -94,7 +97,7 @@ def test_the_tokenizer_goes_along_and_comes_back(tmp_path, tokenizer):
     text = text.replace("r", "")
     assert theirs(text)["input_ids"] == tokenizer.encode(text).tolist()
     assert theirs.decode(theirs(text)["input_ids"]) == text
-    main(["import", f"--from=hf:{tmp_path}/hf", f"--output={tmp_path}/two.ckpt"])
+    main(["import", f"--source=hf:{tmp_path}/hf", f"--output={tmp_path}/two.ckpt"])
     assert same(tmp_path / "one.ckpt", tmp_path / "two.ckpt")
 
 
@@ -107,8 +110,8 @@ def test_byte_pairs_in_a_folder_are_taken_along(tmp_path, form):
         (tmp_path / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokenizer.tokens)}))
     else:
         tokenizer.engine.save(str(tmp_path / form))
-    main(["import", f"--from=hf:{tmp_path}", f"--output={tmp_path}/one.ckpt"])
-    net, ours = checkpoint.load(tmp_path / "one.ckpt")
+    main(["import", f"--source=hf:{tmp_path}", f"--output={tmp_path}/one.ckpt"])
+    net, ours = load_net(tmp_path / "one.ckpt")
     assert ours.vocabulary == MERGES and len(ours) == net.config.vocab_size == len(tokenizer) + 1
 
 
@@ -122,11 +125,11 @@ def test_byte_pairs_in_a_folder_are_taken_along(tmp_path, form):
 )
 def test_a_gpt2_that_our_block_can_not_be_is_refused(tmp_path, fails, how, message):
     hugging_face(tmp_path, **how)
-    assert message in fails("import", f"--from=hf:{tmp_path}", f"--output={tmp_path}/one.ckpt")
+    assert message in fails("import", f"--source=hf:{tmp_path}", f"--output={tmp_path}/one.ckpt")
 
 
 def test_folders_that_hold_no_gpt2_are_refused(tmp_path, fails):
-    ask = ["import", f"--output={tmp_path}/one.ckpt", "--from"]
+    ask = ["import", f"--output={tmp_path}/one.ckpt", "--source"]
     hugging_face(tmp_path / "gpt2")
     assert "no folder with a config.json" in fails(*ask, f"hf:{tmp_path}")
     assert "does not exist" in fails(*ask, f"hf:{tmp_path}/none") and "does not exist" in fails(*ask, "hf:")
@@ -145,18 +148,18 @@ def test_a_hub_that_can_not_be_reached_is_said(tmp_path, fails, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
-    told = fails("import", "--from=gpt2-medium", f"--output={tmp_path}/one.ckpt")
+    told = fails("import", "--source=gpt2-medium", f"--output={tmp_path}/one.ckpt")
     assert "gpt2-medium is no folder here, and the Hugging Face hub could not be reached" in told
 
 
 @pytest.mark.parametrize(
     "how, message",
     [
-        ({"position": "rotary"}, "model.position=rotary, only learned"),
+        ({"position": "rope"}, "model.position=rope, only learned"),
         ({"activation": "swiglu"}, "model.activation=swiglu, only gelu"),
-        ({"ngram": 2, "ngram_rows": 5}, "model.ngram=2, only 1"),
-        ({"logit_cap": 5.0}, "model.logit_cap=5.0"),
-        ({"norm": "rms"}, "model.norm=rms"),
+        ({"ngram_max": 2, "ngram_buckets": 5}, "model.ngram_max=2, only 1"),
+        ({"logit_softcap": 5.0}, "model.logit_softcap=5.0"),
+        ({"norm": "rmsnorm"}, "model.norm=rmsnorm"),
         ({"qk_norm": True}, "model.qk_norm=True"),
     ],
 )
@@ -174,7 +177,7 @@ def test_a_safetensors_file_comes_back_to_the_bit_with_its_vocabulary(tmp_path, 
     pytest.importorskip("safetensors")
     save(tmp_path / "one.ckpt", CharTokenizer("the cat", "replace"), **how)
     main(["export", "--to=safetensors", f"--ckpt_path={tmp_path}/one.ckpt", f"--output={tmp_path}/x.safetensors"])
-    main(["import", f"--from=safetensors:{tmp_path}/x.safetensors", f"--output={tmp_path}/two.ckpt"])
+    main(["import", f"--source=safetensors:{tmp_path}/x.safetensors", f"--output={tmp_path}/two.ckpt"])
     assert same(tmp_path / "one.ckpt", tmp_path / "two.ckpt")
 
 
@@ -192,7 +195,7 @@ def test_a_foreign_or_damaged_safetensors_file_is_refused(tmp_path, fails):
     save_file = pytest.importorskip("safetensors.torch").save_file
     save_file({"a": torch.zeros(2)}, tmp_path / "foreign")
     (tmp_path / "text").write_text("hello")
-    ask = ["import", f"--output={tmp_path}/one.ckpt", "--from"]
+    ask = ["import", f"--output={tmp_path}/one.ckpt", "--source"]
     assert "does not say what net" in fails(*ask, f"safetensors:{tmp_path}/foreign")
     assert "is no safetensors file" in fails(*ask, f"safetensors:{tmp_path}/text")
     assert "does not exist" in fails(*ask, f"safetensors:{tmp_path}/none")
@@ -253,8 +256,8 @@ def test_nanogpts_characters_have_the_same_logits_here(tmp_path, idx, bias):
     vocabulary = "zyxw\n vutsrqponml"  # in no order
     meta = {"vocab_size": V, "itos": dict(enumerate(vocabulary)), "stoi": {c: i for i, c in enumerate(vocabulary)}}
     (tmp_path / "meta.pkl").write_bytes(pickle.dumps(meta))
-    main(["import", f"--from=nanogpt:{tmp_path}/ckpt.pt", f"--output={tmp_path}/one.ckpt"])
-    net, tokenizer = checkpoint.load(tmp_path / "one.ckpt")
+    main(["import", f"--source=nanogpt:{tmp_path}/ckpt.pt", f"--output={tmp_path}/one.ckpt"])
+    net, tokenizer = load_net(tmp_path / "one.ckpt")
     assert torch.equal(net(idx), theirs(idx)) and tokenizer.decode(torch.arange(V)) == vocabulary
     main(["generate", f"--ckpt_path={tmp_path}/one.ckpt", "--max_new_tokens=20"])
 
@@ -262,9 +265,9 @@ def test_nanogpts_characters_have_the_same_logits_here(tmp_path, idx, bias):
 def test_nanogpts_ids_without_characters_are_numbers_or_gpt2s(tmp_path):
     for vocab_size, kind in (V, "ids"), (50304, "gpt2"):
         nanogpt(tmp_path, vocab_size, bias=True)
-        main(["import", f"--from=nanogpt:{tmp_path}/ckpt.pt", f"--output={tmp_path}/one.ckpt"])
-        assert checkpoint.read(tmp_path / "one.ckpt")["datamodule_hyper_parameters"]["tokenizer"] == kind
-        assert len(checkpoint.load(tmp_path / "one.ckpt")[1]) == vocab_size
+        main(["import", f"--source=nanogpt:{tmp_path}/ckpt.pt", f"--output={tmp_path}/one.ckpt"])
+        assert read_checkpoint(tmp_path / "one.ckpt")["datamodule_hyper_parameters"]["tokenizer"] == kind
+        assert len(load_net(tmp_path / "one.ckpt")[1]) == vocab_size
 
 
 class Bomb:
@@ -274,7 +277,7 @@ class Bomb:
 
 def test_code_in_nanogpts_files_does_not_run(tmp_path, fails, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    ask = ["import", "--from=nanogpt:ckpt.pt", "--output=one.ckpt"]
+    ask = ["import", "--source=nanogpt:ckpt.pt", "--output=one.ckpt"]
     nanogpt(tmp_path, V, bias=True)
     for content in {"itos": Bomb()}, [Bomb()], {"itos": {0: "long"}}, {"itos": 3}:
         (tmp_path / "meta.pkl").write_bytes(pickle.dumps(content))
@@ -298,7 +301,7 @@ def test_imported_weights_speak_are_validated_and_fine_tuned(tmp_path, text_file
     save(tmp_path / "one.ckpt", CharTokenizer(text_file.read_text()))
     main(["export", "--to=hf", f"--ckpt_path={tmp_path}/one.ckpt", f"--output={tmp_path}/hf"])
     first = tmp_path / "two.ckpt"
-    main(["import", f"--from=hf:{tmp_path}/hf", f"--output={first}"])
+    main(["import", f"--source=hf:{tmp_path}/hf", f"--output={first}"])
     data = f"--data.corpus={text_file}"
     main(["validate", f"--ckpt_path={first}", data, "--trainer.accelerator=cpu"])
     assert "val/bpc" in capsys.readouterr().out
@@ -313,7 +316,7 @@ def test_imported_weights_speak_are_validated_and_fine_tuned(tmp_path, text_file
             f"--trainer.default_root_dir={tmp_path}",
         ]
     )
-    saved = checkpoint.read(next(tmp_path.rglob("last.ckpt")))
+    saved = read_checkpoint(next(tmp_path.rglob("last.ckpt")))
     assert saved["global_step"] == 3 and saved["hyper_parameters"]["n_layer"] == 3
     assert "weights and no run to go on with" in fails("fit", f"--ckpt_path={first}", data)
 
@@ -342,7 +345,7 @@ def test_bits_per_character_are_the_texts_whatever_the_tokens(tmp_path, capsys):
 
 
 def test_token_files_have_bits_per_character_only_where_their_tokenizer_is_named(token_files, tmp_path, capsys):
-    data = [f"--data.tokens={token_files}", "--data.token_kinds=300", f"--trainer.default_root_dir={tmp_path}"]
+    data = [f"--data.token_files={token_files}", "--data.vocab_size=300", f"--trainer.default_root_dir={tmp_path}"]
     for more, known in ([], False), (["--data.tokenizer=byte"], True):
         main(["fit", *TINY, *data, *more])
         main(["validate", f"--ckpt_path={sorted(tmp_path.rglob('last.ckpt'))[-1]}"])
@@ -367,9 +370,9 @@ def test_byte_pairs_with_special_tokens_first_are_the_same_function_of_the_text(
     tokenizer = BPETokenizer(MERGES)
     theirs = hugging_face(tmp_path, vocab_size=len(tokenizer) + 2, **how)
     engine = other_order(tmp_path, tokenizer, ["<s>", "<pad>"])
-    main(["import", f"--from=hf:{tmp_path}", f"--output={tmp_path}/one.ckpt"])
+    main(["import", f"--source=hf:{tmp_path}", f"--output={tmp_path}/one.ckpt"])
     assert "put in another order" in capsys.readouterr().err
-    (net, ours), text = checkpoint.load(tmp_path / "one.ckpt"), "the pale ï"
+    (net, ours), text = load_net(tmp_path / "one.ckpt"), "the pale ï"
     logits, wanted = net(ours.encode(text)[None]), theirs(torch.tensor([engine.encode(text).ids])).logits
     of_theirs = [engine.token_to_id(token) for token in ours.tokens] + [0, 1]
     torch.testing.assert_close(logits, wanted[..., of_theirs], rtol=0, atol=1e-5)
@@ -389,11 +392,11 @@ def test_a_tokenizer_that_can_not_come_along_is_said_and_what_comes_next_works(t
         ({}, "no 'pre_tokenizer'"),
     ):
         (tmp_path / "tokenizer.json").write_text(json.dumps(spoiled))
-        assert tokenizer_in(tmp_path, 300) == ({}, list(range(300)))
+        assert read_hf_tokenizer(tmp_path, 300) == ({}, list(range(300)))
         told = capsys.readouterr().err
         assert f"{tmp_path}/tokenizer.json" in told and message in told and "stay numbers" in told
     (tmp_path / "tokenizer.json").write_text(json.dumps(good | {"pre_tokenizer": {"type": "Whitespace"}}))
-    main(["import", f"--from=hf:{tmp_path}", f"--output={tmp_path}/one.ckpt"])
+    main(["import", f"--source=hf:{tmp_path}", f"--output={tmp_path}/one.ckpt"])
     told = capsys.readouterr()
     assert "does not cut texts into words as GPT-2 does" in told.err
     *_, generate, fit = told.out.strip().splitlines()
@@ -415,9 +418,9 @@ def test_no_code_of_a_folder_runs(tmp_path, fails, monkeypatch):
         more = {"model_type": kind, "auto_map": {"AutoConfig": "evil.Evil", "AutoModelForCausalLM": "evil.Evil"}}
         (tmp_path / "config.json").write_text(json.dumps(config | more))
         if kind == "gpt2":
-            main(["import", f"--from=hf:{tmp_path}", f"--output={tmp_path}/one.ckpt"])
+            main(["import", f"--source=hf:{tmp_path}", f"--output={tmp_path}/one.ckpt"])
         else:
-            assert "config.json" in fails("import", f"--from=hf:{tmp_path}", f"--output={tmp_path}/one.ckpt")
+            assert "config.json" in fails("import", f"--source=hf:{tmp_path}", f"--output={tmp_path}/one.ckpt")
     assert not (tmp_path / "bomb").exists() and not asked and transformers
 
 
@@ -442,7 +445,7 @@ def test_a_config_json_that_is_wrong_is_named(tmp_path, fails, change, message):
     hugging_face(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text("{" if change is None else json.dumps(config | change))
-    told = fails("import", f"--from=hf:{tmp_path}", f"--output={tmp_path}/one.ckpt")
+    told = fails("import", f"--source=hf:{tmp_path}", f"--output={tmp_path}/one.ckpt")
     assert message in told and str(tmp_path) in told and not (tmp_path / "one.ckpt").exists()
 
 
@@ -467,7 +470,7 @@ def test_safetensors_whose_metadata_are_wrong_are_refused(tmp_path, fails, model
     net = save(tmp_path / "one.ckpt", TokenIds(V))
     told = {"model": net.config.__dict__ | model if isinstance(model, dict) else model, "data": data}
     save_file(dict(net.state_dict()), tmp_path / "x", {"lightning_gpt": json.dumps(told)})
-    assert f"{tmp_path}/x" in fails("import", f"--from=safetensors:{tmp_path}/x", f"--output={tmp_path}/two.ckpt")
+    assert f"{tmp_path}/x" in fails("import", f"--source=safetensors:{tmp_path}/x", f"--output={tmp_path}/two.ckpt")
     assert not (tmp_path / "two.ckpt").exists()
 
 
@@ -476,13 +479,13 @@ def test_only_regular_files_are_replaced_and_links_stay(tmp_path, fails, ckpt):
     os.mkfifo(pipe := tmp_path / "pipe")  # as /dev/null, which this would cost
     for command in (
         ["shrink", f"--ckpt_path={ckpt}"],
-        ["import", f"--from=hf:{tmp_path}"],
+        ["import", f"--source=hf:{tmp_path}"],
         ["export", "--to=safetensors", f"--ckpt_path={ckpt}"],
         ["export", "--to=onnx", f"--ckpt_path={ckpt}"],
     ):
         assert f"{pipe} can't be written: it is a device or a pipe" in fails(*command, f"--output={pipe}")
     with pytest.raises(OSError, match="a device or a pipe"):
-        checkpoint.write({}, pipe)
+        write_checkpoint({}, pipe)
     assert pipe.is_fifo()
     (tmp_path / "link").symlink_to(tmp_path / "file")
     (tmp_path / "file").write_text("old")

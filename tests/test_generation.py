@@ -7,18 +7,19 @@ import pytest
 import torch
 from conftest import MODERN, T, V, loud
 
-from lightning_gpt.cache import KVCache
-from lightning_gpt.generation import generate, sample, stream
-from lightning_gpt.lean import Lean
-from lightning_gpt.model import GPT, GPTConfig
-from lightning_gpt.tokenizer import CharTokenizer
+from lightning_gpt.data.tokenizers import CharTokenizer
+from lightning_gpt.inference.cpu_step import CPUStep
+from lightning_gpt.inference.engine import generate_ids, stream_ids
+from lightning_gpt.inference.sampling import sample_next
+from lightning_gpt.model.gpt import GPT, GPTConfig
+from lightning_gpt.model.kv_cache import KVCache
 
 
 @pytest.mark.parametrize("n", [1, T - 3, 4 * T])
 def test_cached_and_full_decoding_agree(any_net, idx, n):
     net = any_net
-    full = generate(net, idx[:, :3], n, temperature=0, use_cache=False)
-    assert torch.equal(generate(net, idx[:, :3], n, temperature=0), full)
+    full = generate_ids(net, idx[:, :3], n, temperature=0, use_cache=False)
+    assert torch.equal(generate_ids(net, idx[:, :3], n, temperature=0), full)
     assert full.shape == (2, 3 + n) and full.max() < V
 
 
@@ -29,28 +30,28 @@ def test_cached_logits_equal_full_logits(any_net, idx):
     torch.testing.assert_close(torch.cat(pieces, 1), net(idx), rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("stride", [1, 5, T])
+@pytest.mark.parametrize("context_shift", [1, 5, T])
 @pytest.mark.parametrize("lengths", [[3, 3, 3], [1, 2 * T, T], [T, 7, T + 1]])
 def test_each_prompt_of_a_batch_is_continued_as_if_it_were_alone_and_without_a_cache(any_net, lengths, stride):
     prompts = torch.randint(V, (3, max(lengths) + 2), generator=torch.Generator().manual_seed(2))
-    how = {"temperature": 0, "stride": stride, "repetition_penalty": 1.3}
-    together = generate(any_net, prompts, 2 * T, lengths=lengths, **how)
+    how = {"temperature": 0, "context_shift": stride, "repetition_penalty": 1.3}
+    together = generate_ids(any_net, prompts, 2 * T, lengths=lengths, **how)
     for row, prompt, n in zip(together, prompts, lengths, strict=True):
-        alone = generate(any_net, prompt[None, :n], 2 * T, use_cache=False, **how)
+        alone = generate_ids(any_net, prompt[None, :n], 2 * T, use_cache=False, **how)
         assert torch.equal(row[: n + 2 * T], alone[0]) and not row[n + 2 * T :].any()
 
 
 def test_the_context_begins_where_the_stride_says(net, idx):
     used = []
     with net.register_forward_hook(lambda net, args, logits: used.append(args[0].size(1))):
-        generate(net, idx[:, :3], 2 * T, stride=4, use_cache=False)
+        generate_ids(net, idx[:, :3], 2 * T, context_shift=4, use_cache=False)
     assert used == [*range(3, T + 1), *[n for _ in range(4) for n in range(T - 3, T + 1)]][: 2 * T]
 
 
 def test_rows_with_dice_of_their_own_do_not_depend_on_the_batch(any_net, idx):
-    texts = [generate(any_net, idx[:n, :3], 20, generator=dice_for(range(n))) for n in (1, 2)]
+    texts = [generate_ids(any_net, idx[:n, :3], 20, generator=dice_for(range(n))) for n in (1, 2)]
     assert torch.equal(texts[0][0], texts[1][0]) and not torch.equal(texts[1][0], texts[1][1])
-    again = generate(any_net, idx[1:2, :3], 20, generator=dice_for([1]))
+    again = generate_ids(any_net, idx[1:2, :3], 20, generator=dice_for([1]))
     assert torch.equal(again[0], texts[1][1])
 
 
@@ -62,9 +63,9 @@ def dice_for(seeds):
 def test_a_text_drawn_in_a_batch_is_to_the_token_what_it_is_alone_and_without_a_cache(dtype):
     net = loud(GPT(GPTConfig(65, 64, n_layer=3, n_head=2, n_embd=16, dropout=0.0, **MODERN))).to(dtype)
     prompts, lengths = torch.arange(21).view(3, 7), [3, 7, 3]
-    together = generate(net, prompts, 40, lengths=lengths, generator=dice_for(range(3)))
+    together = generate_ids(net, prompts, 40, lengths=lengths, generator=dice_for(range(3)))
     for seed, (row, prompt, n) in enumerate(zip(together, prompts, lengths, strict=True)):
-        alone = generate(net, prompt[None, :n], 40, generator=dice_for([seed]), use_cache=False)
+        alone = generate_ids(net, prompt[None, :n], 40, generator=dice_for([seed]), use_cache=False)
         assert torch.equal(row[: n + 40], alone[0])
 
 
@@ -73,12 +74,14 @@ def test_a_text_drawn_in_a_batch_is_to_the_token_what_it_is_alone_and_without_a_
 @pytest.mark.parametrize("lengths", [[3, 3], [T, 4]])
 def test_recorded_steps_write_what_unrecorded_ones_do(any_net, idx, lengths, dtype):
     net, idx = any_net.to("cuda", dtype), idx.cuda()
-    how = {"temperature": 0, "lengths": lengths, "repetition_penalty": 1.2, "stride": 5}
-    assert torch.equal(generate(net, idx, 3 * T, record=True, **how), generate(net, idx, 3 * T, record=False, **how))
+    how = {"temperature": 0, "lengths": lengths, "repetition_penalty": 1.2, "context_shift": 5}
+    assert torch.equal(
+        generate_ids(net, idx, 3 * T, record=True, **how), generate_ids(net, idx, 3 * T, record=False, **how)
+    )
 
 
 def test_log_probabilities_are_the_nets_own(any_net, idx):
-    drawn = list(stream(any_net, idx[:, :3], 6, temperature=2.0, top_k=5, logprobs=True))
+    drawn = list(stream_ids(any_net, idx[:, :3], 6, temperature=2.0, top_k=5, logprobs=True))
     text = torch.cat((idx[:, :3], *(new.ids for new in drawn)), 1)
     odds = any_net(text)[:, 2:-1].log_softmax(-1).gather(2, text[:, 3:, None])[..., 0]
     torch.testing.assert_close(torch.cat([new.logprobs for new in drawn], 1), odds.float(), rtol=0, atol=1e-6)
@@ -87,7 +90,7 @@ def test_log_probabilities_are_the_nets_own(any_net, idx):
 def test_a_prompt_longer_than_block_size_goes_on_from_its_end(net, idx):
     prompt = torch.cat((idx, idx.flip(1)), 1)
     assert torch.equal(
-        generate(net, prompt, 5, temperature=0)[:, -5:], generate(net, idx.flip(1), 5, temperature=0)[:, -5:]
+        generate_ids(net, prompt, 5, temperature=0)[:, -5:], generate_ids(net, idx.flip(1), 5, temperature=0)[:, -5:]
     )
 
 
@@ -97,7 +100,8 @@ def test_sampling_has_the_right_odds(temperature):
     logits = torch.tensor([[0.1, 0.2, 0.7]]).log()
     odds = (logits / temperature).softmax(-1)[0]
     drawn = (
-        torch.cat([sample(logits, temperature, generator=dice) for _ in range(n)]).flatten().bincount(minlength=3) / n
+        torch.cat([sample_next(logits, temperature, generator=dice) for _ in range(n)]).flatten().bincount(minlength=3)
+        / n
     )
     assert ((drawn - odds).abs() < 4 * (odds * (1 - odds) / n).sqrt()).all()
 
@@ -120,7 +124,7 @@ def test_restrictions_leave_the_right_odds(how, odds):
     n, p = 4000, torch.tensor([0.5, 0.2, 0.2, 0.1])
     odds = torch.tensor(odds) if odds else p.sqrt() / p.sqrt().sum()  # at 2.0 the least likely has 0.45 of the best
     dice = torch.Generator().manual_seed(0)
-    drawn = sample(p.log().expand(n, 4), generator=dice, **how).flatten().bincount(minlength=4) / n
+    drawn = sample_next(p.log().expand(n, 4), generator=dice, **how).flatten().bincount(minlength=4) / n
     assert ((drawn - odds).abs() <= 4 * (odds * (1 - odds) / n).sqrt()).all()
 
 
@@ -129,20 +133,20 @@ def test_a_repetition_penalty_divides_the_logits_of_what_was_said(net, idx):
     seen = torch.zeros(2, V, dtype=torch.bool).scatter(1, prompt, True)
     logits = net(prompt)[:, -1]
     changed = torch.where(seen, torch.where(logits > 0, logits / 3, logits * 3), logits)
-    (new,) = stream(net, prompt, 1, temperature=0, repetition_penalty=3.0)
+    (new,) = stream_ids(net, prompt, 1, temperature=0, repetition_penalty=3.0)
     assert torch.equal(new.ids[:, 0], changed.argmax(-1))
-    text = generate(net, prompt[:1], 8, temperature=0, repetition_penalty=1e9)[0].tolist()
+    text = generate_ids(net, prompt[:1], 8, temperature=0, repetition_penalty=1e9)[0].tolist()
     assert len(set(text)) == len(set(prompt[0].tolist())) + 8  # nothing twice as long as there is something new
 
 
 def test_top_k_with_ties_keeps_exactly_k():
     dice = torch.Generator().manual_seed(0)
-    assert len({sample(torch.zeros(1, 5), top_k=2, generator=dice).item() for _ in range(200)}) == 2
+    assert len({sample_next(torch.zeros(1, 5), top_k=2, generator=dice).item() for _ in range(200)}) == 2
 
 
 def test_temperature_zero_takes_the_likeliest(net, idx):
     logits = net(idx)[:, -1]
-    assert torch.equal(sample(logits, temperature=0)[:, 0], logits.argmax(-1))
+    assert torch.equal(sample_next(logits, temperature=0)[:, 0], logits.argmax(-1))
 
 
 @pytest.mark.parametrize(
@@ -151,19 +155,19 @@ def test_temperature_zero_takes_the_likeliest(net, idx):
 )
 def test_senseless_settings_are_refused_by_name(how):
     with pytest.raises(ValueError, match=next(iter(how))):
-        sample(torch.zeros(1, 5), **how)
+        sample_next(torch.zeros(1, 5), **how)
 
 
-@pytest.mark.parametrize("how", [{"stride": 0}, {"stride": T + 1}, {"repetition_penalty": 0.0}])
+@pytest.mark.parametrize("how", [{"context_shift": 0}, {"context_shift": T + 1}, {"repetition_penalty": 0.0}])
 def test_senseless_settings_of_a_text_are_refused_by_name(net, idx, how):
     with pytest.raises(ValueError, match=next(iter(how))):
-        generate(net, idx, 2, **how)
+        generate_ids(net, idx, 2, **how)
 
 
 def test_generation_leaves_the_net_as_it_was(net, idx):
     net.train()
     weights = {name: w.clone() for name, w in net.state_dict().items()}
-    generate(net, idx[:, :3], 4)
+    generate_ids(net, idx[:, :3], 4)
     assert net.training and all(torch.equal(w, weights[name]) for name, w in net.state_dict().items())
 
 
@@ -179,7 +183,7 @@ def test_text_survives_encoding_and_unknown_characters_are_named():
 @torch.no_grad()
 def test_each_token_is_drawn_from_what_the_newest_block_size_tokens_say(any_net, idx, use_cache):
     dice = torch.Generator().manual_seed(0)
-    drawn = list(stream(any_net, idx[:, :3], 2 * T, use_cache=use_cache, generator=dice, logprobs=True))
+    drawn = list(stream_ids(any_net, idx[:, :3], 2 * T, use_cache=use_cache, generator=dice, logprobs=True))
     text = torch.cat((idx[:, :3], *(new.ids for new in drawn)), 1)
     for at, new in enumerate(drawn, start=3):
         odds = any_net(text[:, max(0, at - T) : at])[:, -1].log_softmax(-1)
@@ -191,7 +195,7 @@ def test_a_lean_step_says_what_the_net_says(idx, how):
     net = loud(GPT(GPTConfig(V, T, **{"n_layer": 2, "n_head": 2, "n_embd": 16, "dropout": 0.0} | how)))
     cache, full = KVCache(T), net(idx)
     net(idx[:, :4], cache)
-    step = Lean(net, cache)
+    step = CPUStep(net, cache)
     for t in range(4, T):
         torch.testing.assert_close(step(idx[:, t : t + 1]), full[:, t], rtol=0, atol=1e-12)
 
@@ -200,5 +204,5 @@ def test_generation_has_no_dropout(idx):
     torch.manual_seed(0)
     net = GPT(GPTConfig(V, T, n_layer=2, n_head=2, n_embd=16, dropout=0.9)).train()
     torch.nn.init.normal_(net.lm_head.weight)
-    texts = [generate(net, idx[:, :3], 8, temperature=0) for _ in range(5)]
+    texts = [generate_ids(net, idx[:, :3], 8, temperature=0) for _ in range(5)]
     assert all(torch.equal(text, texts[0]) for text in texts)

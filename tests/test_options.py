@@ -12,19 +12,20 @@ from conftest import MODERN, TINY, V, loud
 from jsonargparse import capture_parser
 from lightning.pytorch.tuner import Tuner
 
-from lightning_gpt import checkpoint
-from lightning_gpt.data import TinyShakespeare
-from lightning_gpt.formats import to_onnx
-from lightning_gpt.main import as_yaml, main
-from lightning_gpt.model import GPT, GPTConfig
-from lightning_gpt.training import LanguageModel
+from lightning_gpt.checkpoint.convert import write_onnx
+from lightning_gpt.checkpoint.io import checkpoint_summary, read_checkpoint, write_checkpoint
+from lightning_gpt.cli.main import main
+from lightning_gpt.cli.parser import as_yaml
+from lightning_gpt.data.datamodule import TextDataModule
+from lightning_gpt.model.gpt import GPT, GPTConfig
+from lightning_gpt.training.module import LanguageModel
 
 # what YAML reads as nothing, a number, a date, a bool, a list, a mapping, a reference, or not at all
 SHAPES = "# Chapter 1|#1.txt|###|~|Null|NULL|a null b|1e3|-1|007|0x1F|1_000|.nan|2020-01-01|12:30:45|yes|true|'q'"
 SHAPES += '|"q"|{a: b}|- a|a: b| lead | ||$HOME|&a|*a|!!set|%x|@x|`|? a|\t|---|...|=|<<|-|[a|None|[]|é € 語|a\nb'
 SHAPES = [*SHAPES.split("|"), "|"]
 COMMANDS = {"generate": [], "score": ["--text_file=x"], "shrink": [], "export": ["--to=hf"]}
-COMMANDS |= {"import": ["--from=x", "--output=x"], "fit": [], "validate": []}
+COMMANDS |= {"import": ["--source=x", "--output=x"], "fit": [], "validate": []}
 
 
 @pytest.fixture(scope="module")
@@ -107,7 +108,11 @@ def test_several_texts_are_one_or_a_list(parse, fails):
 
 def test_the_text_of_a_class_is_one_too(parse):
     for text, wanted in [("# x: y", "# x: y"), ("1e3", "1e3"), ("{a: b}", "{a: b}"), ("null", None)]:
-        how = ["--trainer.callbacks+=lightning_gpt.look_inside.LookInside", "--trainer.callbacks.passage", text]
+        how = [
+            "--trainer.callbacks+=lightning_gpt.analysis.inspector.ModelInspector",
+            "--trainer.callbacks.passage",
+            text,
+        ]
         assert parse("fit", *how).trainer.callbacks[0].init_args.passage == wanted
 
 
@@ -142,7 +147,7 @@ def test_a_config_that_is_written_is_read_as_it_was(parse, tmp_path):
 
 
 def test_each_command_says_which_checkpoint_it_uses(ckpt, text_file, capsys):
-    saved = checkpoint.read(ckpt)
+    saved = read_checkpoint(ckpt)
     where = ["--ckpt_path", str(ckpt)]
     for command in ["generate", "--max_new_tokens=3"], ["score", "--text_file", str(text_file)], ["validate"], ["test"]:
         capsys.readouterr()
@@ -152,14 +157,15 @@ def test_each_command_says_which_checkpoint_it_uses(ckpt, text_file, capsys):
 
 
 def test_a_short_trial_does_not_hide_a_better_model(ckpt, text_file, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(checkpoint, "ROOT", tmp_path)
-    saved = checkpoint.read(ckpt)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path := tmp_path / "checkpoints").mkdir()
+    saved = read_checkpoint(ckpt)
     other_text = saved["datamodule_hyper_parameters"] | {"corpus": "other.txt"}
     runs = {"good": {"val_loss": 2.5}, "best": {"val_loss": 2.25}, "other": {"datamodule_hyper_parameters": other_text}}
     runs |= {"trial": {"val_loss": 3.75}}
     for age, (name, change) in enumerate(runs.items()):
         path = tmp_path / name / "version_0" / "checkpoints" / "best.ckpt"
-        checkpoint.write(saved | {"val_loss": 1.0} | change, path)
+        write_checkpoint(saved | {"val_loss": 1.0} | change, path)
         os.utime(path, (age, age))
     (tmp_path / "broken" / "checkpoints").mkdir(parents=True)
     (tmp_path / "broken" / "checkpoints" / "best.ckpt").write_bytes(b"PK")
@@ -176,18 +182,18 @@ def test_a_short_trial_does_not_hide_a_better_model(ckpt, text_file, tmp_path, m
 
 
 def test_the_head_of_a_checkpoint_is_read_without_its_weights(ckpt, tmp_path):
-    saved = checkpoint.read(ckpt)
-    checkpoint.write(saved | {"state_dict": {"net.x": torch.zeros(5_000_000)}}, tmp_path / "large.ckpt")
+    saved = read_checkpoint(ckpt)
+    write_checkpoint(saved | {"state_dict": {"net.x": torch.zeros(5_000_000)}}, tmp_path / "large.ckpt")
 
     def bytes_read():
         return int(Path("/proc/self/io").read_text().split()[1]) if Path("/proc/self/io").exists() else 0
 
     before = bytes_read()
-    step, loss, data = checkpoint.facts(tmp_path / "large.ckpt")
+    step, loss, data = checkpoint_summary(tmp_path / "large.ckpt")
     assert bytes_read() - before < 2_000_000
     assert (step, loss, data["corpus"]) == (5, saved["val_loss"], saved["datamodule_hyper_parameters"]["corpus"])
     (tmp_path / "x.ckpt").write_bytes(b"no checkpoint")
-    assert checkpoint.facts(tmp_path / "x.ckpt") is checkpoint.facts(tmp_path / "none.ckpt") is None
+    assert checkpoint_summary(tmp_path / "x.ckpt") is checkpoint_summary(tmp_path / "none.ckpt") is None
 
 
 @pytest.mark.parametrize(
@@ -223,15 +229,15 @@ def test_what_was_asked_of_lightning_is_printed(nursery, tmp_path, text_file):
 
 
 def test_a_limit_that_is_used_up_is_said_when_a_run_goes_on(run, tmp_path, fails):
-    saved, path = checkpoint.read(run / "checkpoints" / "last.ckpt"), tmp_path / "last.ckpt"
+    saved, path = read_checkpoint(run / "checkpoints" / "last.ckpt"), tmp_path / "last.ckpt"
     epochs = saved["loops"]["fit_loop"]["epoch_progress"]["current"]
-    checkpoint.write(saved | {"callbacks": {"Timer": {"time_elapsed": {"train": 61.0}}}}, path)
+    write_checkpoint(saved | {"callbacks": {"Timer": {"time_elapsed": {"train": 61.0}}}}, path)
     go_on = "fit", "--ckpt_path", path, f"--trainer.default_root_dir={tmp_path}", "--trainer.max_steps=9"
     assert "trainer.max_time=00:00:01:00 leaves nothing to do after 61 s of training" in fails(
         *go_on, "--trainer.max_time=00:00:01:00"
     )
     epochs["processed"] = 3
-    checkpoint.write(saved, path)
+    write_checkpoint(saved, path)
     assert "trainer.max_epochs=3 leaves nothing to do after 3 epochs" in fails(*go_on, "--trainer.max_epochs=3")
     new = "fit", *TINY, f"--trainer.default_root_dir={tmp_path}"
     assert "max_time=00:00:00:00 leaves nothing to do" in fails(*new, "--trainer.max_time=00:00:00:00")
@@ -274,7 +280,7 @@ def test_a_tuner_is_told_in_one_sentence_too(tmp_path, text_file, find):
     trainer = L.Trainer(default_root_dir=tmp_path, accelerator="cpu", max_steps=2, logger=False)
     model, data = LanguageModel(vocab_size=32, block_size=16, n_layer=1, n_head=1, n_embd=8), text_file
     with pytest.raises(ValueError, match="would change the rates or batches"):
-        getattr(Tuner(trainer), find)(model, datamodule=TinyShakespeare(str(data), block_size=16, batch_size=4))
+        getattr(Tuner(trainer), find)(model, datamodule=TextDataModule(str(data), block_size=16, batch_size=4))
 
 
 def test_numbers_too_large_for_memory_are_said_to_be(tmp_path, text_file, ckpt, capsys, fails):
@@ -307,8 +313,8 @@ def test_unknown_characters_name_the_flag_that_helps_here(ckpt, fails, tmp_path,
     (tmp_path / "text.txt").write_text("the € cat", encoding="utf-8")
     for ask in ["generate", "--prompt", "the € cat"], ["score", "--text_file", str(tmp_path / "text.txt")]:
         said = fails(*ask, f"--ckpt_path={ckpt}")
-        assert "'€'" in said and "--on_unknown skip" in said and "data.unknown" not in said
-        main([*ask, f"--ckpt_path={ckpt}", "--on_unknown=skip"])
+        assert "'€'" in said and "--on_unknown drop" in said and "data.on_unknown" not in said
+        main([*ask, f"--ckpt_path={ckpt}", "--on_unknown=drop"])
         assert "left out what this net doesn't know: '€'" in capsys.readouterr().err
 
 
@@ -326,7 +332,7 @@ def test_the_meta_device_is_refused(ckpt, fails):
 def test_an_onnx_program_of_a_short_context_takes_any_length(tmp_path, T, how):
     runtime = pytest.importorskip("onnxruntime")
     net = loud(GPT(GPTConfig(V, T, n_layer=2, n_head=2, n_embd=16, dropout=0.0, **how))).float()
-    to_onnx(net, tmp_path / "x.onnx", "{}")
+    write_onnx(net, tmp_path / "x.onnx", "{}")
     program = runtime.InferenceSession(tmp_path / "x.onnx")
     for length in range(1, T + 1):
         idx = torch.randint(V, (3, length))

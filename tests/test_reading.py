@@ -16,10 +16,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_gpt import reading
-from lightning_gpt.data import TinyShakespeare
-from lightning_gpt.reading import find_files, read_all, read_pieces
-from lightning_gpt.report import passage
+from lightning_gpt.analysis.report import validation_passage
+from lightning_gpt.data import corpus, datamodule, token_cache
+from lightning_gpt.data.corpus import find_files, read_files, read_pieces
+from lightning_gpt.data.datamodule import TextDataModule
+from lightning_gpt.data.token_cache import memory_map
+from lightning_gpt.errors import print_info
 
 VERSE = "The quality of mercy is not strain'd,\nIt droppeth as the gentle rain from heaven — naïve café.\n"
 
@@ -47,14 +49,14 @@ def folder(tmp_path):
 def test_a_corpus_is_files_folders_and_patterns(folder, monkeypatch, corpus, text):
     monkeypatch.chdir(folder)
     monkeypatch.setenv("HOME", str(folder))
-    assert "".join(read_all(find_files(corpus), False, Counter())) == text
+    assert "".join(read_files(find_files(corpus), False, Counter())) == text
 
 
 @pytest.mark.parametrize("corpus", ["", "c.md,", "c.md,,c.md"])
 def test_nothing_between_commas_is_not_the_folder_one_is_in(folder, monkeypatch, corpus):
     monkeypatch.chdir(folder)
     with pytest.raises(ValueError, match="has no file where one should be"):
-        TinyShakespeare(corpus, block_size=1)
+        TextDataModule(corpus, block_size=1)
 
 
 def test_a_list_of_files_may_be_longer_than_a_name(folder, monkeypatch):
@@ -62,7 +64,7 @@ def test_a_list_of_files_may_be_longer_than_a_name(folder, monkeypatch):
     names = [f"{i}.md" for i in range(100)]
     for name in names:
         (folder / name).write_text(name)
-    assert "".join(read_all(find_files(",".join(names)), False, Counter())) == "\n".join(names)
+    assert "".join(read_files(find_files(",".join(names)), False, Counter())) == "\n".join(names)
 
 
 def test_a_file_with_a_comma_in_its_name_is_one_file(tmp_path):
@@ -76,18 +78,18 @@ def test_pieces_of_a_file_make_up_its_text(tmp_path_factory, text):
     path = tmp_path_factory.mktemp("pieces") / "text"
     path.write_bytes(text.encode())
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(reading, "PIECE", 3)
+        patch.setattr(corpus, "READ_BYTES", 3)
         kept, read = ("".join(read_pieces(path, keep, Counter())) for keep in (True, False))
     assert kept == text.removeprefix("\ufeff") and read == kept.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def test_what_is_changed_is_said(tmp_path, capsys):
     (tmp_path / "text").write_bytes(b"\xef\xbb\xbf" + b"one\r\ntwo\r\nsix\r" * 30)
-    data = TinyShakespeare(str(tmp_path / "text"), block_size=8)
+    data = TextDataModule(str(tmp_path / "text"), block_size=8)
     told = capsys.readouterr().err
     assert "byte order mark" in told and "60 Windows line ends" in told and "30 line ends of an old Mac" in told
     assert told.count("lightning-gpt: ") == 3 and set(data.tokenizer.vocabulary) == set("one\ntwosix")
-    TinyShakespeare(str(tmp_path / "text"), block_size=8, vocabulary="\r\nonetwsix")  # that has returns
+    TextDataModule(str(tmp_path / "text"), block_size=8, vocabulary="\r\nonetwsix")  # that has returns
     assert "byte order mark" in (told := capsys.readouterr().err) and told.count("\n") == 1
 
 
@@ -102,14 +104,14 @@ def test_what_is_changed_is_said(tmp_path, capsys):
     ],
 )
 def test_what_is_no_text_is_refused_with_its_place(tmp_path, monkeypatch, content, message):
-    monkeypatch.setattr(reading, "PIECE", 4)
+    monkeypatch.setattr(corpus, "READ_BYTES", 4)
     (tmp_path / "good.txt").write_text("fine")
     (tmp_path / "bad.txt").write_bytes(content)
     with pytest.raises(ValueError, match="the corpus .*bad.txt.*" + re.escape(message)):
-        "".join(read_all([tmp_path / "bad.txt"], False, Counter()))
+        "".join(read_files([tmp_path / "bad.txt"], False, Counter()))
     if content:
         with pytest.raises(ValueError, match=re.escape(message)):
-            TinyShakespeare(str(tmp_path), block_size=1)
+            TextDataModule(str(tmp_path), block_size=1)
 
 
 SAMPLES = {
@@ -136,7 +138,7 @@ def test_a_text_in_another_encoding_is_read_in_the_error_and_the_advice_converts
     text, path = SAMPLES[name] * 40, tmp_path / "text"
     path.write_bytes(text.encode(name))
     with pytest.raises(ValueError, match="is not UTF-8 text") as told:
-        TinyShakespeare(str(path), 8)
+        TextDataModule(str(path), 8)
     shown, encoding = re.search(r"there it reads '(.*?)' as ([\w-]+)", str(told.value)).groups()
     assert shown in text.replace("\n", " ") and f"iconv -f {encoding} -t UTF-8" in str(told.value)
     if shutil.which("iconv"):
@@ -146,17 +148,17 @@ def test_a_text_in_another_encoding_is_read_in_the_error_and_the_advice_converts
 def test_where_several_encodings_fit_each_shows_how_it_reads(tmp_path):
     (tmp_path / "text").write_bytes("tiempo que vivía un hidalgo; ¿qué señor?\n".encode("mac_roman"))
     with pytest.raises(ValueError, match="viv’a un .*' as WINDOWS-1252, .*vivía un .*' as MACINTOSH: .*what is right"):
-        TinyShakespeare(str(tmp_path / "text"), 8)
+        TextDataModule(str(tmp_path / "text"), 8)
 
 
 @pytest.mark.parametrize("bad, remedy", [(b"\xff", "iconv -c -f UTF-8 -t UTF-8"), (b"\0", "tr -d '.000'")])
 def test_utf8_with_a_wrong_byte_is_not_taken_for_something_else(tmp_path, bad, remedy):
     (tmp_path / "text").write_bytes(SAMPLES["big5"].encode() + bad + SAMPLES["big5"].encode())
     with pytest.raises(ValueError, match=f"UTF-8 text that is damaged: .* at offset 148; .*{remedy}"):
-        TinyShakespeare(str(tmp_path / "text"), 8)
+        TextDataModule(str(tmp_path / "text"), 8)
     (tmp_path / "text").write_bytes(SAMPLES["big5"].encode()[:-2])
     with pytest.raises(ValueError, match="UTF-8 text that is damaged: byte 0xe3 at offset 144"):
-        TinyShakespeare(str(tmp_path / "text"), 8)
+        TextDataModule(str(tmp_path / "text"), 8)
 
 
 def zipped(*names):
@@ -184,7 +186,7 @@ def zipped(*names):
 def test_a_file_of_another_kind_is_named(tmp_path, content, message):
     (tmp_path / "file.txt").write_bytes(content)
     with pytest.raises(ValueError, match=f"the corpus .*file.txt .*{message}"):
-        TinyShakespeare(str(tmp_path), 8)
+        TextDataModule(str(tmp_path), 8)
 
 
 def test_hidden_files_are_no_part_of_a_folder_and_suffixes_may_be_capitals(tmp_path, capsys):
@@ -193,7 +195,7 @@ def test_hidden_files_are_no_part_of_a_folder_and_suffixes_may_be_capitals(tmp_p
         (tmp_path / ".home" / name).write_text(f"{name} " * 10)
     corpus = str(tmp_path / ".home")  # what is named may be hidden
     assert [file.name for file in find_files(corpus)] == ["B.TXT", "a.txt", "d.Txt"]
-    data = TinyShakespeare(corpus, 8)
+    data = TextDataModule(corpus, 8)
     assert (
         f"{corpus} is 3 files with {len(data.train_tokens) + len(data.val_tokens)} characters"
         in capsys.readouterr().err
@@ -218,8 +220,8 @@ def test_brackets_in_a_name_are_brackets(tmp_path):
 def test_a_report_reads_the_text_as_training_did(tmp_path):
     (tmp_path / "text").write_bytes(VERSE.replace("\n", "\r\n").encode() * 31)
     for vocabulary in None, "".join(sorted(set(VERSE + "\r"))):
-        data = TinyShakespeare(str(tmp_path / "text"), 90, split=0.5, vocabulary=vocabulary)
-        assert passage(dict(data.hparams), 90, data.tokenizer).tolist() == data.val_tokens[:91].tolist()
+        data = TextDataModule(str(tmp_path / "text"), 90, split=0.5, vocabulary=vocabulary)
+        assert validation_passage(dict(data.hparams), 90, data.tokenizer).tolist() == data.val_tokens[:91].tolist()
 
 
 def test_of_several_processes_the_first_one_speaks(monkeypatch, capsys):
@@ -227,7 +229,7 @@ def test_of_several_processes_the_first_one_speaks(monkeypatch, capsys):
         with monkeypatch.context() as patch:
             for name, rank in ranks.items():
                 patch.setenv(name, rank)
-            reading.say("something")
+            print_info("something")
         assert capsys.readouterr().err.count("something") == said
 
 
@@ -243,7 +245,7 @@ def test_a_folder_without_text_and_a_pattern_without_files(tmp_path):
 def test_a_text_that_is_too_short_is_told_how_long_it_has_to_be(tmp_path, split):
     def data(length, block_size):
         (tmp_path / "text").write_text("ab" * length)
-        return TinyShakespeare(str(tmp_path / "text"), block_size, split=split)
+        return TextDataModule(str(tmp_path / "text"), block_size, split=split)
 
     with pytest.raises(ValueError, match="too few for one window of block_size=50") as told:
         data(40, 50)
@@ -265,17 +267,17 @@ def poem(tmp_path):
 
 
 def test_merges_come_from_the_training_split_alone(tmp_path, poem):
-    one = TinyShakespeare(str(poem), 8, tokenizer="bpe", token_kinds=290)
+    one = TextDataModule(str(poem), 8, tokenizer="bpe", vocab_size=290)
     training = poem.read_text()[: int(0.9 * len(poem.read_text()))]
     (tmp_path / "other").write_text(training + "zyx " * (len(poem.read_text()) - len(training) >> 2))
-    other = TinyShakespeare(str(tmp_path / "other"), 8, tokenizer="bpe", token_kinds=290)
+    other = TextDataModule(str(tmp_path / "other"), 8, tokenizer="bpe", vocab_size=290)
     assert other.tokenizer.vocabulary == one.tokenizer.vocabulary
     assert one.vocab_size == 290 and len(one.train_tokens) < 0.7 * len(training)
 
 
 def test_a_text_with_few_pairs_has_as_many_ids_as_are_asked_for_now_and_later(poem, large, capsys):
-    how = dict(tokenizer="bpe", token_kinds=999)
-    for serve in lambda **how: TinyShakespeare(str(poem), 8, **how), large:
+    how = dict(tokenizer="bpe", vocab_size=999)
+    for serve in lambda **how: TextDataModule(str(poem), 8, **how), large:
         data = serve(**how)
         assert "pairs for 324 ids" in capsys.readouterr().err
         again = serve(**how, vocabulary=data.hparams.vocabulary)  # as a checkpoint brings it
@@ -284,28 +286,28 @@ def test_a_text_with_few_pairs_has_as_many_ids_as_are_asked_for_now_and_later(po
 
 @pytest.mark.parametrize("kind", ["char", "byte", "bpe"])
 def test_every_tokenizer_splits_the_text_at_the_same_character(poem, kind):
-    data, text = TinyShakespeare(str(poem), 8, tokenizer=kind), poem.read_text()
+    data, text = TextDataModule(str(poem), 8, tokenizer=kind), poem.read_text()
     n = int(0.9 * len(text))
     assert data.tokenizer.decode(data.train_tokens.long()) == text[:n]
     assert data.tokenizer.decode(data.val_tokens.long()) == text[n:]
 
 
 def test_a_token_for_the_unknown_is_learnt_from_what_is_rare(poem):
-    data = TinyShakespeare(str(poem), 8, unknown="replace")
+    data = TextDataModule(str(poem), 8, unknown="replace")
     assert not set("日本語Q:") & set(data.tokenizer.vocabulary) and "\ufffd" in data.tokenizer.vocabulary
     assert "The end\ufffd \ufffd\ufffd\ufffd, and \ufffd\n" in data.tokenizer.decode(data.train_tokens)
 
 
 def test_a_vocabulary_is_extended_behind_its_end(poem):
-    data = TinyShakespeare(str(poem), 8, vocabulary="zTheQ", unknown="extend")
+    data = TextDataModule(str(poem), 8, vocabulary="zTheQ", unknown="extend")
     assert data.tokenizer.vocabulary.startswith("zTheQ") and "日" in data.tokenizer.vocabulary
     with pytest.raises(ValueError, match="lacks: .*日"):
-        TinyShakespeare(str(poem), 8, vocabulary="".join(set(VERSE)))
+        TextDataModule(str(poem), 8, vocabulary="".join(set(VERSE)))
 
 
 def test_names_that_are_made_up_of_other_letters_do_not_stop_a_run(tmp_path):
     (tmp_path / "play").write_text("ZZYX:\nhow now, Zzyx, and you, Zzyx.\n\n" * 30)
-    data = TinyShakespeare(str(tmp_path / "play"), 8, renamed_copies=3)
+    data = TextDataModule(str(tmp_path / "play"), 8, name_augmentation=3)
     assert len(data.train_tokens) > 3 * 30 * 35
 
 
@@ -319,9 +321,10 @@ def large(poem, tmp_path, monkeypatch):
 
     def large(**how):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(reading, "LARGE", 0)
-            patch.setattr(reading, "PIECE", 100)
-            return TinyShakespeare(str(poem), 8, **how)
+            patch.setattr(datamodule, "CACHE_FROM_BYTES", 0)
+            patch.setattr(corpus, "READ_BYTES", 100)
+            patch.setattr(token_cache, "READ_BYTES", 100)
+            return TextDataModule(str(poem), 8, **how)
 
     return large
 
@@ -335,14 +338,14 @@ def files(tmp_path):
     [
         {},
         {"tokenizer": "byte"},
-        {"tokenizer": "bpe", "token_kinds": 300},
+        {"tokenizer": "bpe", "vocab_size": 300},
         {"split": (0.5, 0.7)},
-        {"unknown": "replace"},
+        {"on_unknown": "replace"},
     ],
     ids=str,
 )
 def test_a_large_text_is_served_as_a_small_one_is(poem, large, tmp_path, how):
-    small, mapped = TinyShakespeare(str(poem), 8, **how), large(**how)
+    small, mapped = TextDataModule(str(poem), 8, **how), large(**how)
     assert mapped.tokenizer.vocabulary == small.tokenizer.vocabulary and mapped.vocab_size == small.vocab_size
     for name in "train_tokens", "val_tokens":
         assert torch.equal(getattr(mapped, name).long(), getattr(small, name).long())
@@ -368,13 +371,13 @@ def test_a_map_may_be_larger_than_memory(tmp_path):
     with open(tmp_path / "tokens", "wb") as file:
         file.write(b"\5\0")
         file.truncate(size)  # holes, which take no room on the disk
-    ids = reading.mapped(tmp_path / "tokens", "uint16")
+    ids = memory_map(tmp_path / "tokens", "uint16")
     assert len(ids) == size // 2 and ids[0] == 5 and ids[-1] == 0
 
 
 def test_copies_are_left_out_of_large_texts_and_that_is_said(large, capsys):
-    assert len(large(renamed_copies=2).train_tokens) == len(large().train_tokens)
-    assert "data.renamed_copies=2 is for small texts" in capsys.readouterr().err
+    assert len(large(name_augmentation=2).train_tokens) == len(large().train_tokens)
+    assert "data.name_augmentation=2 is for small texts" in capsys.readouterr().err
 
 
 def test_a_full_disk_is_said_and_leaves_nothing_behind(large, tmp_path):

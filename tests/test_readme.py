@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from conftest import TINY
 
-from lightning_gpt.main import main
+from lightning_gpt.cli.main import main
 
 README = Path(__file__).parents[1] / "README.md"
 COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README.read_text(), re.S) for line in block.splitlines()]
@@ -31,7 +31,7 @@ def test_every_command_runs(line, run, text_file, tmp_path, monkeypatch):
     args = [arg.replace("ROMEO:", "the") for arg in args]  # the short run speaks of cats
     if args[0] == "fit":
         small = ["--trainer.max_steps=7"] if "--ckpt_path" in args or "lecture/" in line else TINY
-        args += [*small, "--trainer.limit_val_batches=2", "--model.compile=false", "--data.renamed_copies=0"]
+        args += [*small, "--trainer.limit_val_batches=2", "--model.compile=false", "--data.name_augmentation=0"]
     main(args)
 
 

@@ -22,14 +22,16 @@ import torch
 from conftest import TINY, T, V
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lightning_gpt import checkpoint, cli
-from lightning_gpt import main as main_module
-from lightning_gpt.board import EventFile, claim, hold
-from lightning_gpt.main import main
-from lightning_gpt.model import GPT, GPTConfig
-from lightning_gpt.saving import SafeIO, Save
-from lightning_gpt.settings import goes_on_in_its_folder
-from lightning_gpt.training import Diverged, LanguageModel
+import lightning_gpt
+import lightning_gpt.cli.train as train_module
+from lightning_gpt.checkpoint.io import find_checkpoint, load_net, read_checkpoint, read_verified, write_checkpoint
+from lightning_gpt.cli.config import resumes_in_place
+from lightning_gpt.cli.main import main, run
+from lightning_gpt.cli.train import train
+from lightning_gpt.model.gpt import GPT, GPTConfig
+from lightning_gpt.training.checkpointing import AsyncCheckpointIO, CheckpointSaver
+from lightning_gpt.training.logger import BufferedEventFile, create_run_folder, lock_run_folder
+from lightning_gpt.training.module import DivergenceError, LanguageModel
 
 PARTS = {"state_dict": {}, "hyper_parameters": {}, "datamodule_hyper_parameters": {}, "global_step": 1}
 
@@ -58,7 +60,7 @@ def test_a_killed_runs_draft_is_cleared_away(resumable):
 @pytest.mark.parametrize("loss, replaced", [(0.5, False), (9.0, True), (None, True)])
 def test_a_resumed_run_replaces_best_by_a_better_one_only(resumable, loss, replaced):
     best = resumable / "checkpoints" / "best.ckpt"
-    checkpoint.write(checkpoint.read(best) | {"val_loss": loss}, best)
+    write_checkpoint(read_checkpoint(best) | {"val_loss": loss}, best)
     if loss is None:  # damaged
         best.write_bytes(best.read_bytes()[:-1000])
     before = best.read_bytes()
@@ -70,13 +72,13 @@ def test_a_checkpoint_between_two_validations_has_no_val_loss(tmp_path, text_fil
     flags = ["--trainer.val_check_interval=2", "--save_every_n_steps=3", "--trainer.max_steps=4"]
     seen = {}
 
-    class Spy(SafeIO):
+    class Spy(AsyncCheckpointIO):
         def write(self, saved, path, ready):
             seen[path.name, saved["global_step"]] = saved["val_loss"]
             super().write(saved, path, ready)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cli, "SafeIO", Spy)
+        patch.setattr(train_module, "AsyncCheckpointIO", Spy)
         fit(*flags, corpus=text_file, root=tmp_path)
     assert {at: math.isnan(loss) for at, loss in seen.items() if at[0] == "last.ckpt"} == {
         ("last.ckpt", 2): False,
@@ -104,7 +106,7 @@ def test_weights_that_are_no_numbers_are_never_saved_and_the_last_good_file_is_n
     assert stop.value.code == 1 and "the weights became no numbers (nan or infinite) at step 3" in said
     if "--save_every_n_steps=1" in flags:
         assert "The last good checkpoint is" in said and "last.ckpt, of step 2" in said
-        assert checkpoint.read(next(tmp_path.rglob("last.ckpt")))["global_step"] == 2
+        assert read_checkpoint(next(tmp_path.rglob("last.ckpt")))["global_step"] == 2
     else:
         assert not list(tmp_path.rglob("*.ckpt")) and "last good" not in said
 
@@ -112,7 +114,7 @@ def test_weights_that_are_no_numbers_are_never_saved_and_the_last_good_file_is_n
 class SpoilAverage(L.Callback):
     def on_train_batch_end(self, trainer, lm, *_):
         if trainer.global_step == 3:
-            lm.average.wte.weight.data.fill_(math.nan)
+            lm.ema_net.wte.weight.data.fill_(math.nan)
 
 
 def test_a_val_loss_that_is_no_number_stops_the_run(tmp_path, text_file, capsys):
@@ -134,7 +136,7 @@ def test_a_best_that_could_not_be_saved_is_tried_again(tmp_path, monkeypatch):
         def save_checkpoint(self, path):
             asked.append(path.name)
 
-    asked, saver = [], Save(tmp_path, 0)
+    asked, saver = [], CheckpointSaver(tmp_path, 0)
     lm, io = SimpleNamespace(stop_if_diverged=lambda: None), SimpleNamespace(failed={})
     strategy = SimpleNamespace(broadcast=lambda x: x, checkpoint_io=io)
     trainer = Trainer(lightning_module=lm, strategy=strategy, fast_dev_run=False, loggers=[], is_global_zero=True)
@@ -166,7 +168,7 @@ def test_a_signal_is_heard_once_and_leaves_no_handler(tmp_path, text_file, monke
     with pytest.raises(SystemExit) as stop:
         fit(f"--trainer.callbacks=[{{class_path: {__name__}.Interrupt}}]", corpus=text_file, root=tmp_path)
     assert stop.value.code == 128 + (signal.SIGUSR1 if slurm else signal.SIGTERM)
-    assert checkpoint.read(next(tmp_path.rglob("last.ckpt")))["global_step"] == 4
+    assert read_checkpoint(next(tmp_path.rglob("last.ckpt")))["global_step"] == 4
     assert Interrupt.handlers == [signal.SIG_DFL] * 2  # a second one ends it at once
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)] == before
 
@@ -192,7 +194,7 @@ def test_what_was_validated_is_kept_though_a_callback_fails_after_it(tmp_path, t
     said = capsys.readouterr().err
     assert stop.value.code == 2 and "last.ckpt, of step 2" in said and "Traceback" not in said
     for name in "best", "last":
-        saved = checkpoint.read(tmp_path / f"tiny/version_0/checkpoints/{name}.ckpt")
+        saved = read_checkpoint(tmp_path / f"tiny/version_0/checkpoints/{name}.ckpt")
         assert saved["global_step"] == 2 and math.isfinite(saved["val_loss"])
 
 
@@ -222,17 +224,17 @@ def test_runs_that_start_together_get_a_folder_each(tmp_path):
 
     def start(_):
         together.wait()
-        return claim(tmp_path / "tiny")
+        return create_run_folder(tmp_path / "tiny")
 
     with ThreadPoolExecutor(8) as pool:
         folders = set(pool.map(start, range(8)))
     assert folders == {tmp_path / "tiny" / f"version_{n}" for n in range(8)}
     (tmp_path / "tiny" / "version_11").touch()
-    assert claim(tmp_path / "tiny").name == "version_12"
+    assert create_run_folder(tmp_path / "tiny").name == "version_12"
 
 
 def test_two_processes_never_train_in_one_folder(resumable, fails):
-    lock = hold(resumable)
+    lock = lock_run_folder(resumable)
     before = {file: file.read_bytes() for file in resumable.rglob("*") if file.is_file()}
     how = [f"--trainer.default_root_dir={resumable.parents[1]}", "--trainer.max_steps=6"]
     said = fails("fit", f"--ckpt_path={resumable}/checkpoints/last.ckpt", *how)
@@ -240,7 +242,7 @@ def test_two_processes_never_train_in_one_folder(resumable, fails):
     assert {file: file.read_bytes() for file in resumable.rglob("*") if file.is_file()} == before
     os.close(lock)
     main(["fit", f"--ckpt_path={resumable}/checkpoints/last.ckpt", *how])  # whose lock ends with it:
-    os.close(hold(resumable))
+    os.close(lock_run_folder(resumable))
 
 
 def test_validate_and_a_trial_make_no_folder(ckpt, text_file, tmp_path, monkeypatch):
@@ -267,7 +269,7 @@ def file_size_limit(size):
 def test_an_event_file_holds_whole_records_only_and_all_once_there_is_room(tmp_path, capsys):
     path, records = tmp_path / "events", [bytes([n]) * 100 for n in range(9)]
     path.touch()
-    file = EventFile(str(path), most=450)
+    file = BufferedEventFile(str(path), most=450)
     file.SECONDS = 0.0
     file.write(records[0])
     with file_size_limit(250):
@@ -324,7 +326,7 @@ def test_a_full_disk_ends_no_training_and_costs_no_curve(disk, text_file, monkey
         patch.setattr(sys, "stderr", log)
         fit(*how, corpus=text_file, root=disk / "runs")
     (run,) = disk.glob("runs/tiny/*")
-    assert checkpoint.read(run / "checkpoints" / "last.ckpt")["global_step"] == 12
+    assert read_checkpoint(run / "checkpoints" / "last.ckpt")["global_step"] == 12
     board = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
     assert [event.step for event in board.Scalars("train/loss")] == list(range(12))
     assert "nothing is lost" in (disk / "log.txt").read_text()
@@ -365,7 +367,7 @@ def test_memory_that_runs_out_in_a_save_is_said_and_ends_nothing(tmp_path, capfd
     if not pid:
         with open("/proc/self/statm") as file:
             size = int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
-        io = SafeIO()
+        io = AsyncCheckpointIO()
         for spare in 20, 1100:  # for no copy; for the copy and not for the file
             resource.setrlimit(resource.RLIMIT_AS, (size + spare * 2**20, resource.RLIM_INFINITY))
             io.save_checkpoint(saved, tmp_path / f"{spare}.ckpt")
@@ -398,10 +400,10 @@ def test_a_terminal_that_lacks_a_character_ends_nothing(tmp_path, monkeypatch):
 
 
 def test_no_file_is_read_or_written_in_the_machines_own_encoding():
-    for path in Path(checkpoint.__file__).parent.glob("*.py"):
+    for path in Path(lightning_gpt.__file__).parent.rglob("*.py"):
         for call in filter(lambda node: isinstance(node, ast.Call), ast.walk(ast.parse(path.read_text("utf-8")))):
             name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
-            if ast.unparse(call.func) == "reading.read_text":  # of ours, which takes UTF-8 only
+            if ast.unparse(call.func) == "read_text":  # of ours, which takes UTF-8 only
                 continue
             of_text = name in ("read_text", "write_text") or name == "open" and isinstance(call.func, ast.Name)
             told = {arg.value for arg in call.args if isinstance(arg, ast.Constant)} & {"utf-8", "rb", "wb", "ab"}
@@ -442,7 +444,7 @@ def test_bytes_are_on_the_disk_and_checked_before_they_get_their_name(tmp_path, 
 
     monkeypatch.setattr(os, "fsync", watched_fsync)
     monkeypatch.setattr(os, "replace", lambda a, b: (did.append("replace"), replace(a, b)))
-    checkpoint.write(PARTS, path)
+    write_checkpoint(PARTS, path)
     assert did == [f".draft.x.ckpt.{os.getpid()}", "replace", "folder"]
     assert sizes[0] == path.stat().st_size
 
@@ -450,24 +452,24 @@ def test_bytes_are_on_the_disk_and_checked_before_they_get_their_name(tmp_path, 
 @pytest.mark.parametrize("spoil", [lambda data: data[:-1], lambda data: b"?" + data[1:], lambda data: data[:-71]])
 def test_what_does_not_read_back_gets_no_name(tmp_path, monkeypatch, spoil):
     path, read = tmp_path / "x.ckpt", Path.read_bytes
-    checkpoint.write(PARTS, path)
+    write_checkpoint(PARTS, path)
     before = path.read_bytes()
     with monkeypatch.context() as patch:
         patch.setattr(Path, "read_bytes", lambda file: spoil(read(file)))
         with pytest.raises(OSError, match="does not read back"):
-            checkpoint.write(PARTS | {"global_step": 2}, path)
+            write_checkpoint(PARTS | {"global_step": 2}, path)
     assert path.read_bytes() == before and [file.name for file in tmp_path.iterdir()] == ["x.ckpt"]
 
 
 def test_a_flipped_bit_in_a_checkpoint_of_the_first_format_is_seen(ckpt, tmp_path):
-    path, saved = tmp_path / "x.ckpt", checkpoint.read(ckpt)
+    path, saved = tmp_path / "x.ckpt", read_checkpoint(ckpt)
     torch.save({key: value for key, value in saved.items() if key != "format"}, path)
-    checkpoint.read_strictly(path)
+    read_verified(path)
     data = bytearray(path.read_bytes())
     data[data.index(saved["state_dict"]["net.wte.weight"].numpy().tobytes()) + 200] ^= 1
     path.write_bytes(data)
     with pytest.raises(ValueError, match="damaged"):
-        checkpoint.read_strictly(path)
+        read_verified(path)
 
 
 def test_the_newest_good_one_is_good_and_may_be_of_another_run(ckpt, tmp_path, monkeypatch):
@@ -481,24 +483,25 @@ def test_the_newest_good_one_is_good_and_may_be_of_another_run(ckpt, tmp_path, m
     for name in "elsewhere/bad", "elsewhere/worse", "checkpoints/a/new":
         Path(f"{name}.ckpt").write_bytes(ckpt.read_bytes()[:-5])
     with pytest.raises(ValueError, match=r"The newest good one is checkpoints/a/old\.ckpt$"):
-        checkpoint.read("elsewhere/bad.ckpt")
+        read_checkpoint("elsewhere/bad.ckpt")
 
 
 def test_a_folder_named_best_is_no_checkpoint(ckpt, tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint, "ROOT", tmp_path)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path := tmp_path / "checkpoints").mkdir()
     (tmp_path / "a").mkdir()
     shutil.copy(ckpt, tmp_path / "a" / "best.ckpt")
     os.utime(tmp_path / "a" / "best.ckpt", (1000, 1000))
     (tmp_path / "b" / "best.ckpt").mkdir(parents=True)
-    assert checkpoint.find("best") == tmp_path / "a" / "best.ckpt"
+    assert find_checkpoint("best") == tmp_path / "a" / "best.ckpt"
 
 
 def test_weights_that_are_no_numbers_are_not_loaded(ckpt, tmp_path):
-    saved = checkpoint.read(ckpt)
+    saved = read_checkpoint(ckpt)
     saved["state_dict"]["net.wte.weight"][0, 0] = math.inf
-    checkpoint.write(saved, tmp_path / "x.ckpt")
+    write_checkpoint(saved, tmp_path / "x.ckpt")
     with pytest.raises(ValueError, match="no numbers"):
-        checkpoint.load(tmp_path / "x.ckpt")
+        load_net(tmp_path / "x.ckpt")
 
 
 # settings.py
@@ -523,7 +526,7 @@ class Config(dict):
 )
 def test_a_run_goes_on_in_its_folder_only_as_what_it_was(path, name, root, goes_on):
     config = Config(trainer=Config(default_root_dir=root), name=name, data={"split": (0.8, 0.9)})
-    assert goes_on_in_its_folder(config, {"data": {"split": [0.8, 0.9]}}, Path(path)) == goes_on
+    assert resumes_in_place(config, {"data": {"split": [0.8, 0.9]}}, Path(path)) == goes_on
 
 
 @pytest.mark.parametrize(
@@ -550,7 +553,7 @@ def test_the_step_of_the_first_bad_loss_is_known_however_late_one_looks(accumula
     for batch in range(1, steps * accumulate + 1):
         lm.train_loss = lambda batch=batch: torch.tensor(math.nan if batch >= bad_from else 1.0)
         lm.training_step((), 0)
-    with pytest.raises(Diverged, match=f"at step {step},"):
+    with pytest.raises(DivergenceError, match=f"at step {step},"):
         lm.stop_if_diverged()
 
 
@@ -598,7 +601,7 @@ def test_a_curve_that_goes_on_from_an_older_save_has_every_step_once(tmp_path, t
 class Cut(L.Callback):
     def on_train_batch_start(self, trainer, *_):
         if trainer.global_step == 7:
-            raise Diverged("and so this step is not saved")
+            raise DivergenceError("and so this step is not saved")
 
 
 # cli.py
@@ -612,12 +615,12 @@ class Cut(L.Callback):
         (KeyboardInterrupt(), 130, ""),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 1, "out of memory"),
         (torch.OutOfMemoryError("CUDA out"), 1, "out of memory"),
-        (Diverged("bad"), 1, "error: bad. Go back"),
+        (DivergenceError("bad"), 1, "error: bad. Go back"),
         (BrokenPipeError(), 141, ""),
     ],
 )
 def test_every_end_has_its_exit_code(error, code, message, capfd):
-    if isinstance(error, Diverged):
+    if isinstance(error, DivergenceError):
         error.add_note("Go back")
 
     def fails(*_, **__):
@@ -625,17 +628,17 @@ def test_every_end_has_its_exit_code(error, code, message, capfd):
 
     with pytest.raises(SystemExit) as stop, pytest.MonkeyPatch.context() as patch, open(os.devnull, "w") as nowhere:
         patch.setattr(sys, "stdout", nowhere)
-        main_module.run(lambda args: cli.train(args, fails), [])
+        run(lambda args: train(args, fails), [])
     assert stop.value.code == code and message in capfd.readouterr().err
 
 
 def test_ngrams_dropout_is_for_whole_tokens_in_training_only(idx):
     torch.manual_seed(0)
-    how = dict(dropout=0.0, ngram=3, ngram_rows=50, ngram_dropout=0.4)
+    how = dict(dropout=0.0, ngram_max=3, ngram_buckets=50, ngram_dropout=0.4)
     net = GPT(GPTConfig(V, T, n_layer=0, n_head=1, n_embd=16, **how)).double()
     idx = idx.repeat(300, 1)
     plain = net.wte(idx) + net.wpe.weight
-    grams = net.ngrams(idx)
+    grams = net.ngram_embeddings(idx)
     for training in True, False:
         share = (net.train(training).features(idx) - plain) / grams  # (B, T, C): one number for all channels
         kept = share[..., :1] * torch.ones(16)
@@ -650,7 +653,7 @@ def test_ngrams_dropout_is_for_whole_tokens_in_training_only(idx):
 
 
 def test_the_seal_is_the_archives_comment(tmp_path):
-    checkpoint.write(PARTS, tmp_path / "x.ckpt")
+    write_checkpoint(PARTS, tmp_path / "x.ckpt")
     with zipfile.ZipFile(tmp_path / "x.ckpt") as archive:
         assert archive.comment == (tmp_path / "x.ckpt").read_bytes()[-71:]
 

@@ -27,17 +27,19 @@ from jsonargparse import capture_parser
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_options import SHAPES
 
-from lightning_gpt import checkpoint, distributed
-from lightning_gpt.data import TinyShakespeare
-from lightning_gpt.distributed import end_with_the_starter, name_the_starter
-from lightning_gpt.generation import generate
-from lightning_gpt.main import main, types_of
-from lightning_gpt.saving import SafeIO
+from lightning_gpt.checkpoint.io import load_net, read_checkpoint, read_verified, write_checkpoint
+from lightning_gpt.cli.main import main
+from lightning_gpt.cli.parser import types_of
+from lightning_gpt.data.datamodule import TextDataModule
+from lightning_gpt.inference.engine import generate_ids
+from lightning_gpt.training import strategies
+from lightning_gpt.training.checkpointing import AsyncCheckpointIO
+from lightning_gpt.training.strategies import die_with_parent, export_launcher_pid
 
 # everything that has a state: dropout, accumulation, Muon, an average, a schedule; validations that fall between saves
 HARD = {
     "trainer": {"max_steps": 60, "val_check_interval": 14, "accumulate_grad_batches": 2, "log_every_n_steps": 1},
-    "model": {"optimizer": "muon", "ema_decay": 0.9, "schedule": "wsd", "norm": "rms", "position": "rotary"},
+    "model": {"optimizer": "muon", "ema_decay": 0.9, "schedule": "wsd", "norm": "rmsnorm", "position": "rope"},
     "sample": {"length": 9},
     "save_every_n_steps": 3,
 }
@@ -68,7 +70,7 @@ def differences(a, b, where=""):
 def end_of(folder):
     """All that a run is at its end: weights, optimizer, counters, best checkpoint, curves."""
     (path,) = folder.glob("checkpoints/tiny/version_*/checkpoints/last.ckpt")
-    run, last, best = path.parents[1], *map(checkpoint.read_strictly, (path, path.with_name("best.ckpt")))
+    run, last, best = path.parents[1], *map(read_verified, (path, path.with_name("best.ckpt")))
     board = EventAccumulator(str(run), size_guidance={"scalars": 0, "tensors": 0}).Reload()
     tags = [tag for tag in board.Tags()["scalars"] if not tag.startswith("perf/")]
     curves = {tag: [(event.step, event.value) for event in board.Scalars(tag)] for tag in tags}
@@ -102,12 +104,12 @@ def until_done(nursery, folder, args, end, moments):
             ended += 1
         if code == -signal.SIGKILL:
             for file in folder.glob("checkpoints/**/*.ckpt"):
-                checkpoint.read_strictly(file)  # whole, whenever the kill came
+                read_verified(file)  # whole, whenever the kill came
         elif code == 128 + end:
             lines = nursery.log.read_text()
             step = int(lines.rsplit("after step ", 1)[1].split(",")[0])
             (file,) = folder.glob("checkpoints/**/last.ckpt")
-            assert checkpoint.read_strictly(file)["global_step"] == step, "a step was lost"
+            assert read_verified(file)["global_step"] == step, "a step was lost"
         else:
             assert code in (0, 2, -end), nursery.log.read_text()  # done already, or not yet training
 
@@ -201,7 +203,7 @@ def test_an_exception_anywhere_costs_no_step_and_what_goes_on_is_to_the_bit(hard
         with pytest.raises(RuntimeError, match="own") as raised:
             main([*(["fit", "--ckpt_path=last"] if life else map(str, args)), callback])
         (last,) = tmp_path.glob("checkpoints/tiny/version_*/checkpoints/last.ckpt")
-        assert checkpoint.read_strictly(last)["global_step"] == step
+        assert read_verified(last)["global_step"] == step
         assert raised.value.__notes__ == [f"The last good checkpoint is {last.relative_to(tmp_path)}, of step {step}"]
     main(["fit", "--ckpt_path=last", "--trainer.callbacks=null"])  # or the last one that failed would come back
     assert differences(end_of(tmp_path), end_of(unbroken)) == []
@@ -213,17 +215,17 @@ def test_a_rank_whose_starter_died_while_it_imported_ends(by):
     told, tell = os.pipe()
     starter = os.fork()
     if not starter:
-        name_the_starter()
+        export_launcher_pid()
         parent = os.getpid()
         if not os.fork():  # a rank, which imports while its starter dies
             os.environ["LOCAL_RANK"] = "1"
             if by == "torchrun":
                 os.environ["TORCHELASTIC_RUN_ID"] = "test"
-                distributed.STARTED = os.getpid(), parent
+                strategies.STARTED = os.getpid(), parent
             while os.getppid() == parent:
                 time.sleep(0.01)
             os.write(tell, b"imported")
-            end_with_the_starter()
+            die_with_parent()
             os.write(tell, b" and trains")
         os._exit(0)
     os.waitpid(starter, 0)
@@ -255,7 +257,7 @@ def test_a_full_disk_costs_nothing_that_was_saved(nursery, hard, tmp_path, times
 
 def test_the_next_save_tries_again(tmp_path):
     saved = {"state_dict": {}, "hyper_parameters": {}, "datamodule_hyper_parameters": {}, "global_step": 1}
-    path, io = tmp_path / "last.ckpt", SafeIO()
+    path, io = tmp_path / "last.ckpt", AsyncCheckpointIO()
     path.mkdir()  # a name that can't be written to
     io.save_checkpoint(saved, path)
     io.wait()
@@ -268,7 +270,7 @@ def test_the_next_save_tries_again(tmp_path):
 
 
 def test_what_is_written_is_what_was_there_when_it_was_asked_for(tmp_path):
-    weight, io = torch.zeros(1000), SafeIO()
+    weight, io = torch.zeros(1000), AsyncCheckpointIO()
     for step in range(20):
         weight.fill_(step)
         io.save_checkpoint(
@@ -288,9 +290,9 @@ def test_best_holds_the_weights_that_its_loss_was_measured_on(tmp_path, text_fil
     main(["fit", *TINY, "--data.corpus", str(text_file), root, *flags.split(), "--model.learning_rate=0.3"])
     (run,) = tmp_path.glob("tiny/version_*")
     board = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
-    best = checkpoint.read(run / "checkpoints" / "best.ckpt")
+    best = read_checkpoint(run / "checkpoints" / "best.ckpt")
     assert best["val_loss"] == pytest.approx(min(event.value for event in board.Scalars("val/loss")), rel=1e-6)
-    net, tokenizer = checkpoint.load(run / "checkpoints" / "best.ckpt")
+    net, tokenizer = load_net(run / "checkpoints" / "best.ckpt")
     text = text_file.read_text()
     tokens = tokenizer.encode(text[int(0.9 * len(text)) :])
     losses = []
@@ -312,7 +314,7 @@ def test_a_loss_that_is_no_number_stops_the_run_and_what_is_good_stays(tmp_path,
         main(["fit", "--ckpt_path", str(last), root, *flags])
     said = capsys.readouterr().err
     assert stop.value.code == 1 and "no number (nan or infinite) at step 10" in said and "learning_rate" in said
-    assert checkpoint.read(last)["global_step"] == 8
+    assert read_checkpoint(last)["global_step"] == 8
 
 
 # --- reading ----------------------------------------------------------------------------------------------------------
@@ -327,7 +329,7 @@ def good(hard):
 def refused(path, data):
     path.write_bytes(data)
     with pytest.raises(ValueError, match="checkpoint"):
-        checkpoint.read_strictly(path)
+        read_verified(path)
 
 
 @pytest.mark.parametrize("times", [100, pytest.param(1000, marks=pytest.mark.slow)])
@@ -372,10 +374,10 @@ def test_no_code_in_a_checkpoint_runs(good, tmp_path):
         torch.save(parts | {"config": order}, legacy, _use_new_zipfile_serialization=False)
         raw.write_bytes(pickle.dumps(order))
         sealed = tmp_path / f"{i}d.ckpt"
-        checkpoint.write(parts | {"x": order}, sealed)  # a seal proves nothing about who wrote it
+        write_checkpoint(parts | {"x": order}, sealed)  # a seal proves nothing about who wrote it
         for path in whole, legacy, raw, sealed:
             with pytest.raises(ValueError, match="checkpoint"):
-                checkpoint.read_strictly(path)
+                read_verified(path)
             assert not mark.exists()
 
 
@@ -389,11 +391,11 @@ def test_no_code_in_a_checkpoint_runs(good, tmp_path):
 )
 def test_a_checkpoint_of_another_kind_is_refused(good, tmp_path, change, message):
     saved, path = torch.load(io.BytesIO(good), weights_only=True) | change, tmp_path / "x.ckpt"
-    checkpoint.write(saved, path)
+    write_checkpoint(saved, path)
     if "format" in change:  # `write` puts its own
         torch.save(saved, path)
     with pytest.raises(ValueError, match=message):
-        checkpoint.load(path)
+        load_net(path)
 
 
 def test_a_damaged_last_names_the_newest_good_one(hard, tmp_path, monkeypatch, capsys):
@@ -423,7 +425,7 @@ def test_any_bytes_are_a_corpus_or_a_clear_error(tmp_path, data):
     path = tmp_path / "corpus.txt"
     path.write_bytes(data)
     try:
-        module = TinyShakespeare(str(path), block_size=3, batch_size=2, renamed_copies=1)
+        module = TextDataModule(str(path), block_size=3, batch_size=2, name_augmentation=1)
     except ValueError as error:
         assert "\n" not in str(error) and ("corpus" in str(error) or "split has" in str(error))
     else:
@@ -437,14 +439,14 @@ def test_any_prompt_is_continued_or_refused(good, tmp_path, prompt, temperature,
     path = tmp_path / "x.ckpt"
     if not path.exists():
         path.write_bytes(good)
-    net, tokenizer = checkpoint.load(path)
+    net, tokenizer = load_net(path)
     try:
         idx = tokenizer.encode(prompt)
     except ValueError as error:
         assert set(prompt) - set(tokenizer.vocabulary) and "this vocabulary of" in str(error)
         return
     if len(idx):
-        text = tokenizer.decode(generate(net, idx[None], 20, temperature=temperature, top_k=top_k)[0])
+        text = tokenizer.decode(generate_ids(net, idx[None], 20, temperature=temperature, top_k=top_k)[0])
         assert text.startswith(prompt) and len(text) == len(prompt) + 20
 
 
@@ -468,12 +470,14 @@ numbers = st.integers(-2, 40) | st.sampled_from([10**13, -(10**13)])
 shares = st.floats(-0.5, 1.5) | st.sampled_from([float("nan"), float("inf"), 0.0, 1.0])
 flags = {
     "model": dict(n_layer=st.integers(-1, 3), n_head=st.integers(-1, 5), n_embd=numbers, block_size=numbers)
-    | dict(dropout=shares, logit_cap=shares, ngram=st.integers(-1, 5), ngram_rows=numbers, warmup_steps=numbers)
+    | dict(
+        dropout=shares, logit_softcap=shares, ngram_max=st.integers(-1, 5), ngram_buckets=numbers, warmup_steps=numbers
+    )
     | dict(learning_rate=shares, muon_lr=shares, weight_decay=shares, min_lr_ratio=shares, ema_decay=shares)
-    | dict(activation=st.sampled_from(["gelu", "relu2", "swiglu", "?"]), norm=st.sampled_from(["layer", "rms"]))
-    | dict(position=st.sampled_from(["learned", "rotary"]), optimizer=st.sampled_from(["adamw", "muon"]))
-    | dict(qk_norm=st.booleans(), bias=st.booleans(), tie_embeddings=st.booleans(), decay_share=shares),
-    "data": dict(batch_size=numbers, split=shares, renamed_copies=st.integers(-2, 3)),
+    | dict(activation=st.sampled_from(["gelu", "relu2", "swiglu", "?"]), norm=st.sampled_from(["layernorm", "rmsnorm"]))
+    | dict(position=st.sampled_from(["learned", "rope"]), optimizer=st.sampled_from(["adamw", "muon"]))
+    | dict(qk_norm=st.booleans(), bias=st.booleans(), tie_embeddings=st.booleans(), decay_fraction=shares),
+    "data": dict(batch_size=numbers, split=shares, name_augmentation=st.integers(-2, 3)),
     "trainer": dict(max_steps=st.integers(-2, 4), val_check_interval=st.integers(-1, 4) | st.floats(0, 1))
     | dict(accumulate_grad_batches=st.integers(-1, 3), gradient_clip_val=st.none() | shares)
     | dict(limit_val_batches=st.integers(-1, 3), log_every_n_steps=st.integers(-1, 3)),
@@ -508,7 +512,7 @@ def test_any_settings_train_or_are_refused_at_length(tmp_path, text_file, capsys
 
 
 # options whose large numbers ask for as much work, not for what can't be
-ENDLESS = "n_layer max_steps fast_dev_run renamed_copies length max_new_tokens accumulate_grad_batches".split()
+ENDLESS = "n_layer max_steps fast_dev_run name_augmentation length max_new_tokens accumulate_grad_batches".split()
 WHOLE = "0 1 2 3 7 40 -1".split()
 HUGE = "-7 10000000000000 -10000000000000 9223372036854775807 18446744073709551616".split()
 BROKEN = "0.0 1.0 0.5 0.999 1.5 -0.5 1e30 1e-300 1e300 -1e300 .nan .inf -.inf".split()
@@ -547,7 +551,7 @@ LINES = {
     "score": ["score", "--ckpt_path=last.ckpt", "--text_file=cats.txt"],
     "shrink": ["shrink", "--ckpt_path=last.ckpt"],
     "export": ["export", "--ckpt_path=last.ckpt", "--to=safetensors"],
-    "import": ["import", "--from=nanogpt:last.ckpt", "--output=one.ckpt"],
+    "import": ["import", "--source=nanogpt:last.ckpt", "--output=one.ckpt"],
     "report": ["report", "."],
 }
 

@@ -17,12 +17,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import lightning_gpt
-from lightning_gpt import checkpoint, speak, text
-from lightning_gpt.data import TINY_SHAKESPEARE, EveryWindow
-from lightning_gpt.main import main
-from lightning_gpt.model import GPT, GPTConfig
-from lightning_gpt.text import SHIPPED, Text, generate, load, score, spelled, stream, write
-from lightning_gpt.tokenizer import BPETokenizer, ByteTokenizer, CharTokenizer, TokenIds
+from lightning_gpt.checkpoint.io import load_net, read_checkpoint
+from lightning_gpt.cli.generate import read_input
+from lightning_gpt.cli.main import main
+from lightning_gpt.data.corpus import TINY_SHAKESPEARE
+from lightning_gpt.data.tokenizers import BPETokenizer, ByteTokenizer, CharTokenizer, TokenIds
+from lightning_gpt.data.windows import SequentialWindows
+from lightning_gpt.inference.text import (
+    PACKAGED_CHECKPOINT,
+    Completion,
+    complete,
+    find_or_packaged,
+    generate,
+    load,
+    prepare_prompt,
+    score,
+    stream,
+)
+from lightning_gpt.model.gpt import GPT, GPTConfig
 
 KNOWN = CharTokenizer("\n abcdefgh")
 
@@ -35,35 +47,35 @@ def small():
 def test_pieces_make_up_the_text_and_every_prompt_has_its_own(small):
     whole = generate(small, KNOWN, "abc", 30, seed=3)
     assert len(whole) == 30 and "".join(stream(small, KNOWN, "abc", 30, seed=3)) == whole
-    *_, texts = write(small, KNOWN, ["abc", "a" * 20], 30, seed=3, logprobs=True)
-    assert texts[0].text == whole and [t.ended for t in texts] == ["length", "length"]
+    *_, texts = complete(small, KNOWN, ["abc", "a" * 20], 30, seed=3, logprobs=True)
+    assert texts[0].text == whole and [t.finish_reason for t in texts] == ["length", "length"]
     assert all(len(t.tokens) == len(t.logprobs) == 30 and max(t.logprobs) < 0 for t in texts)
 
 
 @pytest.mark.parametrize("size", [1, 7])
 def test_a_text_ends_before_a_stop_string_and_shows_no_part_of_it(size):
-    shown, written = "", Text("", stop=["gab", "hh"])
+    shown, written = "", Completion("", stop=["gab", "hh"])
     tokens = KNOWN.encode("abgafgabhhc").tolist()
     for at in range(0, len(tokens), size):
         written.add(tokens[at : at + size], [-1.0] * len(tokens[at : at + size]), KNOWN, last=False)
-        assert written.sure().startswith(shown)
-        shown = written.sure()
-    assert (shown, written.ended, len(written.tokens), len(written.logprobs)) == ("abgaf", "stop", 8, 8)
+        assert written.stable_text().startswith(shown)
+        shown = written.stable_text()
+    assert (shown, written.finish_reason, len(written.tokens), len(written.logprobs)) == ("abgaf", "stop", 8, 8)
 
 
 def test_a_held_back_beginning_of_a_stop_string_comes_out_at_the_end():
-    written = Text("", stop=["gab"])
+    written = Completion("", stop=["gab"])
     written.add(KNOWN.encode("hga").tolist(), [], KNOWN, last=False)
-    assert written.sure() == "h"
+    assert written.stable_text() == "h"
     written.add(KNOWN.encode("g").tolist(), [], KNOWN, last=True)
-    assert written.sure() == "hgag" and written.ended == "length"
+    assert written.stable_text() == "hgag" and written.finish_reason == "length"
 
 
 def test_characters_of_several_tokens_are_shown_whole():
-    written, shown = Text(""), []
+    written, shown = Completion(""), []
     for n, byte in enumerate("né🎭!".encode(), start=1):
         written.add([byte], [], ByteTokenizer(), last=n == 8)
-        shown.append(written.sure())
+        shown.append(written.stable_text())
     assert shown == ["n", "n", "né", "né", "né", "né", "né🎭", "né🎭!"]
 
 
@@ -76,9 +88,9 @@ SPLIT = BPETokenizer("æ Ĺ\nð Ł\nðŁ İ")  # tokens that are two or three by
 @given(st.text("日本語🎭é,a", max_size=90), st.lists(st.integers(0, 299)), GROUPS, st.text("日🎭a", max_size=4))
 def test_a_text_does_not_depend_on_how_many_tokens_come_at_a_time(tokenizer, text, junk, groups, stop):
     tokens = [i % len(tokenizer) for i in junk]
-    if tokenizer.characters is not None:
+    if tokenizer.chars_per_token is not None:
         tokens = [*tokenizer.encode(text).tolist(), *tokens, *tokenizer.encode(text).tolist()[:-1]]
-    one, many = (Text("", stop=[s for s in (stop, stop[1:], "2 ") if s]) for _ in range(2))
+    one, many = (Completion("", stop=[s for s in (stop, stop[1:], "2 ") if s]) for _ in range(2))
     for n, token in enumerate(tokens, start=1):
         one.add([token], [-n], tokenizer, last=n == len(tokens))
     at, shown, groups = 0, "", cycle(groups)
@@ -86,19 +98,19 @@ def test_a_text_does_not_depend_on_how_many_tokens_come_at_a_time(tokenizer, tex
         group = range(at, min(len(tokens), at + next(groups)))
         at = group.stop
         many.add([tokens[n] for n in group], [-n - 1 for n in group], tokenizer, last=at == len(tokens))
-        assert many.sure().startswith(shown)
-        shown = many.sure()
+        assert many.stable_text().startswith(shown)
+        shown = many.stable_text()
     assert many == one and len(one.tokens) == len(one.logprobs)
-    if one.ended != "stop":
+    if one.finish_reason != "stop":
         assert shown == tokenizer.decode(torch.tensor(tokens, dtype=torch.long))
 
 
 def test_an_empty_prompt_is_a_new_line_and_unknown_characters_may_be_skipped(small):
-    assert spelled(KNOWN, "") == "\n" and spelled(CharTokenizer("xy"), "") == "x"
-    assert spelled(KNOWN, "aXbYc", "skip") == "abc" and spelled(KNOWN, "XY", "skip") == "\n"
+    assert prepare_prompt(KNOWN, "") == "\n" and prepare_prompt(CharTokenizer("xy"), "") == "x"
+    assert prepare_prompt(KNOWN, "aXbYc", "drop") == "abc" and prepare_prompt(KNOWN, "XY", "drop") == "\n"
     with pytest.raises(ValueError, match="'XY'"):
-        spelled(KNOWN, "aXbYc")
-    assert generate(small, KNOWN, "aXb", 9, on_unknown="skip") == generate(small, KNOWN, "ab", 9)
+        prepare_prompt(KNOWN, "aXbYc")
+    assert generate(small, KNOWN, "aXb", 9, on_unknown="drop") == generate(small, KNOWN, "ab", 9)
 
 
 @pytest.mark.parametrize("n", [13, 14, 40, 61])
@@ -106,7 +118,7 @@ def test_windows_side_by_side_score_as_validation_does(small, n):
     ids = torch.randint(len(KNOWN), (n,), generator=torch.Generator().manual_seed(n))
     losses = [
         (torch.nn.functional.cross_entropy(small(w[:, :-1]).flatten(0, 1), w[:, 1:].flatten(), reduction="sum"))
-        for w in EveryWindow(ids, 12, 3)
+        for w in SequentialWindows(ids, 12, 3)
     ]
     found = score(small, KNOWN, KNOWN.decode(ids))
     assert found.characters == n - 1
@@ -146,7 +158,7 @@ def test_a_shrunk_checkpoint_is_the_same_net_within_half_a_step_and_works_everyw
     out = tmp_path / "small.ckpt"
     main(["shrink", f"--ckpt_path={ckpt}", f"--output={out}"])
     assert out.stat().st_size < ckpt.stat().st_size / 3
-    (net, tokenizer), (shrunk, same) = checkpoint.load(ckpt), checkpoint.load(out)
+    (net, tokenizer), (shrunk, same) = load_net(ckpt), load_net(out)
     assert tokenizer.vocabulary == same.vocabulary
     for w, v in zip(net.parameters(), shrunk.parameters(), strict=True):
         step = w.abs().amax(-1, keepdim=True) / 127 if w.dim() == 2 else 0 * w
@@ -157,7 +169,7 @@ def test_a_shrunk_checkpoint_is_the_same_net_within_half_a_step_and_works_everyw
     data[len(data) // 2] ^= 1
     out.write_bytes(data)
     with pytest.raises(ValueError, match="damaged"):
-        checkpoint.read(out)
+        read_checkpoint(out)
 
 
 def test_where_nothing_was_trained_the_shipped_net_speaks_and_says_so(tmp_path, monkeypatch, capsys):
@@ -166,11 +178,11 @@ def test_where_nothing_was_trained_the_shipped_net_speaks_and_says_so(tmp_path, 
     told = capsys.readouterr()
     assert told.out.startswith("ROMEO:\n") and len(told.out) == len("ROMEO:") + 8 + 1
     assert "shakespeare.ckpt" in told.err and told.err.count("\n") == 1
-    assert text.SHIPPED.stat().st_size < 2_000_000
+    assert PACKAGED_CHECKPOINT.stat().st_size < 2_000_000
     with pytest.raises(FileNotFoundError):
-        text.find("last")
+        find_or_packaged("last")
     net, tokenizer = load(device="cpu")
-    words = (text.SHIPPED.parent / "corpus" / "tiny_shakespeare.txt").read_text()
+    words = (PACKAGED_CHECKPOINT.parent / "corpus" / "tiny_shakespeare.txt").read_text()
     assert score(net, tokenizer, words[-3000:]).nats_per_character < 1.5
 
 
@@ -222,9 +234,9 @@ def test_files_and_stdin_are_read_as_training_reads_a_text(ckpt, text_file, tmp_
 
 def test_a_vocabulary_with_returns_gets_them(tmp_path):
     (tmp_path / "text").write_bytes(b"a\r\nb\rc")
-    assert speak.read(str(tmp_path / "text"), CharTokenizer("\r\nabc")) == "a\r\nb\rc"
-    assert speak.read(str(tmp_path / "text"), CharTokenizer("\nabc")) == "a\nb\nc"
-    assert speak.read(str(tmp_path / "text"), ByteTokenizer()) == "a\nb\nc"
+    assert read_input(str(tmp_path / "text"), CharTokenizer("\r\nabc")) == "a\r\nb\rc"
+    assert read_input(str(tmp_path / "text"), CharTokenizer("\nabc")) == "a\nb\nc"
+    assert read_input(str(tmp_path / "text"), ByteTokenizer()) == "a\nb\nc"
 
 
 def test_json_has_text_tokens_odds_and_speed(ckpt, capsys):
@@ -238,7 +250,7 @@ def test_json_has_text_tokens_odds_and_speed(ckpt, capsys):
 
 
 def test_long_prompts_and_skipped_characters_are_told(ckpt, capsys):
-    told = said(capsys, "--ckpt_path", ckpt, "--prompt", "the cat € " * 3, "--max_new_tokens", 5, "--on_unknown=skip")
+    told = said(capsys, "--ckpt_path", ckpt, "--prompt", "the cat € " * 3, "--max_new_tokens", 5, "--on_unknown=drop")
     assert "'€'" in told.err and "sees the last 16 of them" in told.err
     assert told.out.startswith("the cat  the cat  ")
 
@@ -265,5 +277,5 @@ def test_ctrl_c_ends_with_what_there_is(ckpt, tmp_path):
 @pytest.mark.parametrize("precision", ["bfloat16", "float16"])
 def test_half_precision_finds_a_text_as_likely(precision):
     speech = TINY_SHAKESPEARE.read_text()[-3000:]
-    exact, half = (score(*load(SHIPPED, "cpu", which), speech) for which in ("float32", precision))
+    exact, half = (score(*load(PACKAGED_CHECKPOINT, "cpu", which), speech) for which in ("float32", precision))
     assert half != exact and half.nats_per_token == pytest.approx(exact.nats_per_token, abs=3e-3)

@@ -13,16 +13,17 @@ import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from lightning_gpt import tokenizer
-from lightning_gpt.formats import described
-from lightning_gpt.tokenizer import (
+from lightning_gpt.data import tokenizers
+from lightning_gpt.data.tokenizers import (
+    MAX_WORD,
     BPETokenizer,
     ByteTokenizer,
     CharTokenizer,
     GPT2Tokenizer,
+    build_from_state,
     cut_at_spaces,
-    rebuild,
     split_words,
+    tokenizer_state,
 )
 
 WORDS = "the cat sat on a mat, who's there? naïve café\n日本語 the then there\n\nquiz  42 "
@@ -49,7 +50,7 @@ TOKENIZERS = [ByteTokenizer(), BPETokenizer(MERGES), BPETokenizer("")]
 def test_any_text_comes_back_and_its_tokens_count_its_characters(tokenizer, text):
     ids = tokenizer.encode(text)
     assert ids.dtype == torch.int64 and tokenizer.decode(ids) == text
-    assert tokenizer.characters[ids].sum() == len(text)
+    assert tokenizer.chars_per_token[ids].sum() == len(text)
 
 
 def test_any_text_comes_back_from_gpt2s_tokens(gpt2):
@@ -57,11 +58,11 @@ def test_any_text_comes_back_from_gpt2s_tokens(gpt2):
     @given(st.text())
     def round_trip(text):
         ids = gpt2.encode(text)
-        assert gpt2.decode(ids) == text and gpt2.characters[ids].sum() == len(text)
+        assert gpt2.decode(ids) == text and gpt2.chars_per_token[ids].sum() == len(text)
 
     round_trip()
     assert gpt2.encode("Hello world<|endoftext|>").tolist() == [15496, 995, 27, 91, 437, 1659, 5239, 91, 29]
-    assert gpt2.decode(torch.tensor([50256])) == "<|endoftext|>" and gpt2.characters[50256] == 0
+    assert gpt2.decode(torch.tensor([50256])) == "<|endoftext|>" and gpt2.chars_per_token[50256] == 0
 
 
 def test_byte_pairs_merge_in_the_order_of_their_table():
@@ -87,7 +88,7 @@ TEXTS |= made_of(" ", "\n", "a", ". ", "ab" * 20, "b" * 50)
 def test_the_byte_pairs_of_a_text_do_not_depend_on_its_pieces(text, word, length, piece):
     parts = [text[at : at + piece] for at in range(0, len(text), piece)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tokenizer, "WORD", word)
+        patch.setattr(tokenizers, "MAX_WORD", word)
         pieces = list(cut_at_spaces(parts, length))
         assert "".join(pieces) == text and max(map(len, pieces), default=0) <= max(2 * max(length, word), piece)
         ids = PAIRS.encode(text).tolist()
@@ -113,14 +114,14 @@ def test_long_texts_are_cut_where_it_does_not_show():
 
 def test_a_text_without_spaces_is_cut_into_words_of_a_bounded_length():
     merges = BPETokenizer.merges_of(["a" * 30_000], 300)  # to double it costs nothing, so tokens are as long as words
-    assert max(map(len, BPETokenizer(merges).pieces)) == tokenizer.WORD
+    assert max(map(len, BPETokenizer(merges).pieces)) == MAX_WORD
     assert BPETokenizer.merges_of(["a" * 7000, "a" * 3000, "a" * 20_000], 300) == merges
     dice = random.Random(0)
     text = "".join(dice.choice("abcdefgh") for _ in range(200_000))
     merges = BPETokenizer.merges_of([text], 300)  # the square of it takes a minute
     ids = BPETokenizer(merges).encode(text)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tokenizer, "KEPT", 0)
+        patch.setattr(tokenizers, "MAX_CACHED_WORD", 0)
         fresh = BPETokenizer(merges)
         assert torch.equal(torch.cat([fresh.encode(piece) for piece in cut_at_spaces([text], 9000)]), ids)
         assert not fresh.ids_of
@@ -164,17 +165,17 @@ def test_merges_are_those_of_the_text_and_the_same_every_time():
     [CharTokenizer("hello wrd"), CharTokenizer("helo", "replace"), CharTokenizer("helo", "drop"), *TOKENIZERS],
 )
 def test_a_tokenizer_is_rebuilt_from_plain_data(tokenizer):
-    plain = json.loads(json.dumps(described(tokenizer)))
-    again = rebuild(plain, len(tokenizer))
+    plain = json.loads(json.dumps(tokenizer_state(tokenizer)))
+    again = build_from_state(plain, len(tokenizer))
     assert torch.equal(again.encode("hello"), tokenizer.encode("hello")) and len(again) == len(tokenizer)
     assert type(again) is type(tokenizer)
 
 
 def test_ids_that_round_a_vocabulary_up_mean_nothing_and_break_nothing():
     tokenizer = ByteTokenizer(300)
-    assert len(tokenizer) == 300 and tokenizer.characters[299] == 0
+    assert len(tokenizer) == 300 and tokenizer.chars_per_token[299] == 0
     assert tokenizer.decode(torch.tensor([104, 299, 105])) == "h\ufffdi"
-    with pytest.raises(ValueError, match="token_kinds=200 is less than the 256"):
+    with pytest.raises(ValueError, match="vocab_size=200 is less than the 256"):
         ByteTokenizer(200)
 
 

@@ -15,15 +15,16 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers.logger import Logger
 from torch.nn import functional as F
 
-from lightning_gpt import checkpoint
-from lightning_gpt.callbacks import SampleText, ValidateAtTheEnd
-from lightning_gpt.data import EveryWindow, TinyShakespeare
-from lightning_gpt.distributed import Replicas
-from lightning_gpt.model import GPT, GPTConfig
-from lightning_gpt.optim import Muon, adamw_groups, lr_factor, muon_groups
-from lightning_gpt.saving import Save
-from lightning_gpt.training import LanguageModel, next_token_loss
-from lightning_gpt.vitals import Vitals
+from lightning_gpt.checkpoint.io import load_net
+from lightning_gpt.data.datamodule import TextDataModule
+from lightning_gpt.data.windows import SequentialWindows
+from lightning_gpt.model.gpt import GPT, GPTConfig
+from lightning_gpt.training.callbacks import SampleText, ValidateAtEnd
+from lightning_gpt.training.checkpointing import CheckpointSaver
+from lightning_gpt.training.module import LanguageModel, next_token_loss
+from lightning_gpt.training.monitoring import UpdateRatios
+from lightning_gpt.training.optim import Muon, adamw_groups, lr_factor, muon_groups
+from lightning_gpt.training.strategies import DDPFlatStrategy
 
 RECIPE = MODERN | dict(optimizer="muon", ema_decay=0.9, schedule="wsd")
 
@@ -40,7 +41,7 @@ class Recorded(LanguageModel):
 def fit(folder, steps, *, devices=1, ckpt_path=None, save_at=10**9, callbacks=(), model=None, module=Recorded, **how):
     """Train a tiny model, in float64 unless a precision is given: its weights, its losses and the Trainer."""
     L.seed_everything(0, verbose=False)
-    data = TinyShakespeare(block_size=16, batch_size=8)
+    data = TextDataModule(block_size=16, batch_size=8)
     sizes = dict(block_size=16, n_layer=2, n_head=2, n_embd=16, warmup_steps=3)
     lm = module(**sizes | (model or {}))
     saver = ModelCheckpoint(folder, filename="{step}", every_n_train_steps=save_at, save_top_k=-1)
@@ -50,7 +51,7 @@ def fit(folder, steps, *, devices=1, ckpt_path=None, save_at=10**9, callbacks=()
         max_steps=steps,
         accelerator="cpu",
         devices=devices,
-        strategy=Replicas(start_method="spawn") if devices > 1 else "auto",
+        strategy=DDPFlatStrategy(start_method="spawn") if devices > 1 else "auto",
         callbacks=[saver, *callbacks],
         use_distributed_sampler=False,
         **settings | quiet | how,
@@ -102,7 +103,7 @@ class SaveEach(L.Callback):
 def end_of(folder, steps, **how):
     """A run in full, to its end: losses, curves, weights, and the Trainer's counters."""
     curves, saver = Curves(), SaveEach(folder)
-    watchers = [Vitals(), ValidateAtTheEnd(), saver]
+    watchers = [UpdateRatios(), ValidateAtEnd(), saver]
     weights, losses, _ = fit(folder, steps, callbacks=watchers, logger=curves, log_every_n_steps=1, **how)
     loops = torch.load(folder / "end.ckpt", weights_only=True)["loops"]
     return losses, curves.rows, weights, loops, saver.steps
@@ -169,7 +170,7 @@ def test_max_epochs_without_an_end_of_an_epoch_is_refused(tmp_path):
 
 
 def test_a_run_that_its_epochs_end_is_validated_and_has_a_best_checkpoint(tmp_path):
-    fit(tmp_path, 100, max_epochs=2, limit_train_batches=2, callbacks=[ValidateAtTheEnd(), Save(tmp_path, 0)])
+    fit(tmp_path, 100, max_epochs=2, limit_train_batches=2, callbacks=[ValidateAtEnd(), CheckpointSaver(tmp_path, 0)])
     assert torch.load(tmp_path / "best.ckpt", weights_only=True)["global_step"] == 4
 
 
@@ -236,7 +237,7 @@ def validate(lm, data, devices=1, **how):
 @pytest.fixture
 def half_trained(text_file):
     torch.manual_seed(0)
-    data = TinyShakespeare(str(text_file), block_size=16, batch_size=6, split=0.8)
+    data = TextDataModule(str(text_file), block_size=16, batch_size=6, split=0.8)
     lm = LanguageModel(data.vocab_size, 16, n_layer=1, n_head=2, n_embd=16)
     torch.nn.init.normal_(lm.net.lm_head.weight, std=0.5)
     return lm, data
@@ -269,7 +270,7 @@ ROUNDING = {"bf16-mixed": 2**-8, "16-mixed": 2**-8, "bf16-true": 2**-8, "16-true
 
 @pytest.mark.filterwarnings("ignore:You passed:UserWarning")
 def test_val_loss_in_any_precision_is_that_of_32_true_within_its_rounding(text_file):
-    data = TinyShakespeare(str(text_file), block_size=17, batch_size=3, split=0.5)  # bfloat16 adds 48 for 51 to 1,024
+    data = TextDataModule(str(text_file), block_size=17, batch_size=3, split=0.5)  # bfloat16 adds 48 for 51 to 1,024
 
     def measured(precision):
         torch.manual_seed(0)
@@ -322,17 +323,17 @@ def test_the_average_is_the_recursion_on_the_blackboard(tmp_path):
     average = weights[0]
     for new in weights[1:]:
         average = 0.9 * average + 0.1 * new
-    torch.testing.assert_close(after["average.h.0.attn.c_attn.weight"], average, rtol=0, atol=1e-12)
+    torch.testing.assert_close(after["ema_net.h.0.attn.c_attn.weight"], average, rtol=0, atol=1e-12)
     assert not torch.allclose(average, weights[-1])
 
 
 def test_the_average_is_what_is_validated_and_loaded(tmp_path):
     after, _, trainer = fit(tmp_path, 7, save_at=7, model=RECIPE, limit_val_batches=None)
     lm, data = trainer.lightning_module.eval(), trainer.datamodule
-    loaded, _ = checkpoint.load(tmp_path / "step=7.ckpt")
-    assert torch.equal(loaded.wte.weight, after["average.wte.weight"].float())
-    windows = [window.long() for window in EveryWindow(data.val_tokens, 16, 64).batches]
-    nats = [next_token_loss(lm.average, w[:, :-1], w[:, 1:]).item() * w[:, 1:].numel() for w in windows]
+    loaded, _ = load_net(tmp_path / "step=7.ckpt")
+    assert torch.equal(loaded.wte.weight, after["ema_net.wte.weight"].float())
+    windows = [window.long() for window in SequentialWindows(data.val_tokens, 16, 64).batches]
+    nats = [next_token_loss(lm.ema_net, w[:, :-1], w[:, 1:]).item() * w[:, 1:].numel() for w in windows]
     assert trainer.callback_metrics["val/loss"].item() == pytest.approx(sum(nats) / 111_539, rel=1e-6)
 
 
@@ -495,7 +496,7 @@ def test_last_is_saved_after_validations_every_n_steps_and_at_the_end(tmp_path, 
 
     watch = Watch()
     watch.steps = []
-    fit(tmp_path, 7, callbacks=[Save(tmp_path, every), watch], val_check_interval=3)
+    fit(tmp_path, 7, callbacks=[CheckpointSaver(tmp_path, every), watch], val_check_interval=3)
     assert sorted(set(watch.steps)) == saved
     assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 7
 

@@ -22,17 +22,24 @@ from matplotlib.text import Text
 from test_cli import scalars
 from test_training import RECIPE, fit
 
-from lightning_gpt import checkpoint
-from lightning_gpt.callbacks import SampleText, Throughput
-from lightning_gpt.look_inside import LookInside
-from lightning_gpt.main import main
-from lightning_gpt.memorisation import Copies
-from lightning_gpt.model import GPT, GPTConfig
-from lightning_gpt.plots import attention_maps, attention_of, draw_curves, figures, losses, position_similarity, streams
-from lightning_gpt.report import passage, read
-from lightning_gpt.tokenizer import CharTokenizer
-from lightning_gpt.training import next_token_loss
-from lightning_gpt.vitals import Vitals, layer_of
+from lightning_gpt.analysis.figures import draw_curves, figures
+from lightning_gpt.analysis.inspector import ModelInspector
+from lightning_gpt.analysis.probes import (
+    attention_maps,
+    attention_weights,
+    position_similarity,
+    residual_streams,
+    token_losses,
+)
+from lightning_gpt.analysis.report import read_run, validation_passage
+from lightning_gpt.checkpoint.io import load_net
+from lightning_gpt.cli.main import main
+from lightning_gpt.data.ngram_index import NgramIndex
+from lightning_gpt.data.tokenizers import CharTokenizer
+from lightning_gpt.model.gpt import GPT, GPTConfig
+from lightning_gpt.training.callbacks import SampleText
+from lightning_gpt.training.module import next_token_loss
+from lightning_gpt.training.monitoring import Throughput, UpdateRatios, layer_name
 
 # --- nothing is changed -----------------------------------------------------------------------------------------------
 
@@ -53,14 +60,14 @@ class Dice(L.Callback):
 @pytest.mark.parametrize("model", [{}, RECIPE], ids=["adamw", "muon and average"])
 def test_training_is_the_same_to_the_bit_whoever_watches(tmp_path, model):
     alone, losses_alone, _ = fit(tmp_path, 9, model=model)
-    watchers = [Vitals(), Throughput(), SampleText(length=5, console_length=0), LookInside(shown=5)]
+    watchers = [UpdateRatios(), Throughput(), SampleText(length=5, console_length=0), ModelInspector(shown=5)]
     board = TensorBoardLogger(tmp_path, "board")
     before, after = Dice(), Dice()
     how = dict(callbacks=[before, *watchers, after], logger=board, log_every_n_steps=2)
     watched, same, _ = fit(tmp_path, 9, model=model, **how)
     assert same == losses_alone and all(torch.equal(watched[name], alone[name]) for name in alone)
     assert all(map(torch.equal, before.states, after.states)) and len(before.states) == len(after.states) > 20
-    assert any(tag.startswith("look_inside/") for tag in scalars(board.log_dir)[1].Tags()["images"])
+    assert any(tag.startswith("inspect/") for tag in scalars(board.log_dir)[1].Tags()["images"])
 
 
 # --- figures of the training ------------------------------------------------------------------------------------------
@@ -81,7 +88,7 @@ class Weights(L.Callback):
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_an_update_ratio_is_the_step_over_the_weights(tmp_path, accumulate):
     watch, board = Weights(), TensorBoardLogger(tmp_path, "board")
-    how = dict(callbacks=[Vitals(), watch], logger=board, log_every_n_steps=2, accumulate_grad_batches=accumulate)
+    how = dict(callbacks=[UpdateRatios(), watch], logger=board, log_every_n_steps=2, accumulate_grad_batches=accumulate)
     fit(tmp_path, 4, **how)
     values, _ = scalars(board.log_dir)
     logged = {tag.removeprefix("update_ratio/"): curve for tag, curve in values.items() if "update_ratio" in tag}
@@ -90,7 +97,7 @@ def test_an_update_ratio_is_the_step_over_the_weights(tmp_path, accumulate):
         assert [step for step, _ in curve] == [1, 3] == [step for step, _ in values["train/loss"]]
         for step, ratio in curve:
             old, new = watch.after[step], watch.after[step + 1]
-            names = [name for name in new if layer_of(name) == layer]
+            names = [name for name in new if layer_name(name) == layer]
             moved = sum((new[name] - old[name]).square().sum() for name in names)
             assert ratio == pytest.approx(float((moved / sum(new[name].square().sum() for name in names)).sqrt()))
 
@@ -105,7 +112,9 @@ def test_best_and_gap_outlive_a_resume(tmp_path, text_file):
     values = {tag: dict(curve) for tag, curve in values.items()}
     assert values["val/loss"][6] > values["val/loss"][4] == min(values["val/loss"].values())
     assert values["val/best"][6] == values["val/loss"][4]
-    assert values["val/gap"][5] == pytest.approx(values["val/loss"][5] - values["train/loss"][4], abs=1e-5)
+    assert values["val/generalization_gap"][5] == pytest.approx(
+        values["val/loss"][5] - values["train/loss"][4], abs=1e-5
+    )
     assert values["train/bpc"][4] == pytest.approx(values["train/loss"][4] / math.log(2))
     assert set(board.PluginTagToContent("hparams")) == {"_hparams_/experiment", "_hparams_/session_start_info"}
 
@@ -116,7 +125,7 @@ def test_copied_runs_are_those_of_a_search_through_all_of_them(text, words, voca
     ids = {
         name: torch.tensor([vocab_size - 1 - (c == "a") for c in s]) for name, s in (("text", text), ("words", words))
     }
-    copies = Copies(ids["text"], vocab_size)
+    copies = NgramIndex(ids["text"], vocab_size)
     start, length, share = copies.find(ids["words"])
     runs = {words[i:j] for i in range(len(words)) for j in range(i + copies.n, len(words) + 1)}
     assert length == max((len(run) for run in runs if run in text), default=0)
@@ -129,31 +138,31 @@ def test_copied_runs_are_those_of_a_search_through_all_of_them(text, words, voca
 
 
 def test_attention_maps_times_the_values_are_what_the_layer_says(any_net, idx):
-    x, rotary = torch.randn(1, T, 16, dtype=torch.float64), None
-    if any_net.config.position == "rotary":
-        rotary = any_net.rotary[:, :T].double()
+    x, rope = torch.randn(1, T, 16, dtype=torch.float64), None
+    if any_net.config.position == "rope":
+        rope = any_net.rope[:, :T].double()
     for block in any_net.h:
-        maps = attention_of(block.attn, x, rotary)  # 12 places, and 8 of them are told at a time
+        maps = attention_weights(block.attn, x, rope)  # 12 places, and 8 of them are told at a time
         assert not maps.triu(1).any() and torch.allclose(maps.sum(-1), torch.ones(2, T).double())
         values = block.attn.c_attn(x)[0, :, 32:].view(T, 2, 8).transpose(0, 1)
         by_hand = block.attn.c_proj((maps @ values).transpose(0, 1).flatten(1))
-        torch.testing.assert_close(block.attn(x, rotary)[0], by_hand, rtol=0, atol=1e-12)
+        torch.testing.assert_close(block.attn(x, rope)[0], by_hand, rtol=0, atol=1e-12)
     assert len(attention_maps(any_net, idx[:1])) == 3
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in any_net.modules())
 
 
 def test_the_first_layer_looks_with_the_embeddings_eyes(any_net, idx):
-    seen = streams(any_net, idx[:1])
-    rotary = any_net.rotary[:, :T] if any_net.config.position == "rotary" else None
+    seen = residual_streams(any_net, idx[:1])
+    rope = any_net.rope[:, :T] if any_net.config.position == "rope" else None
     for layer, maps in enumerate(attention_maps(any_net, idx[:1])):
-        by_hand = attention_of(any_net.h[layer].attn, any_net.h[layer].ln_1(seen[layer][None]), rotary)
+        by_hand = attention_weights(any_net.h[layer].attn, any_net.h[layer].ln_1(seen[layer][None]), rope)
         torch.testing.assert_close(maps, by_hand, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("n_layer", [0, 3])
 def test_the_last_stream_makes_the_logits(n_layer, idx):
     net = loud(GPT(GPTConfig(V, T, n_layer, n_head=2, n_embd=16, dropout=0.0)))
-    seen = streams(net, idx[:1])
+    seen = residual_streams(net, idx[:1])
     assert seen.shape == (n_layer + 1, T, 16)
     torch.testing.assert_close(net.logits(seen[-1:]), net(idx[:1]), rtol=0, atol=1e-12)
     torch.testing.assert_close(seen[:1], net.wte(idx[:1]) + net.wpe.weight, rtol=0, atol=1e-12)
@@ -161,7 +170,9 @@ def test_the_last_stream_makes_the_logits(n_layer, idx):
 
 def test_the_losses_of_characters_make_up_the_loss(any_net, idx):
     ids = idx.flatten()[: T + 1]
-    assert losses(any_net, ids).mean() == pytest.approx(next_token_loss(any_net, ids[None, :-1], ids[None, 1:]).item())
+    assert token_losses(any_net, ids).mean() == pytest.approx(
+        next_token_loss(any_net, ids[None, :-1], ids[None, 1:]).item()
+    )
 
 
 def test_positions_are_alike_by_their_cosine(any_net):
@@ -175,37 +186,37 @@ def test_positions_are_alike_by_their_cosine(any_net):
 
 KINDS = {
     "bigram": ["--model.n_layer=0"],
-    "tied n-grams and average": ["--model.tie_embeddings=true", "--model.ngram=3", "--model.ema_decay=0.9"],
-    "modern in bfloat16": ["--model.position=rotary", "--model.norm=rms", "--trainer.precision=bf16-true"],
+    "tied n-grams and average": ["--model.tie_embeddings=true", "--model.ngram_max=3", "--model.ema_decay=0.9"],
+    "modern in bfloat16": ["--model.position=rope", "--model.norm=rmsnorm", "--trainer.precision=bf16-true"],
 }
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_net_is_drawn(kind, tmp_path, text_file):
     how = [*KINDS[kind], f"--data.corpus={text_file}", f"--trainer.default_root_dir={tmp_path}"]
-    main(["fit", *TINY, "--config=look_inside", "--trainer.callbacks.shown=4", *how])
+    main(["fit", *TINY, "--config=inspect", "--trainer.callbacks.shown=4", *how])
     drawn = set(scalars(tmp_path / "tiny" / "version_0")[1].Tags()["images"])
     expected = {"loss_per_character", "prediction_per_layer", "token_embeddings", "position_similarity"}
     expected |= set() if kind == "bigram" else {"attention_layer_01"}
-    assert drawn == {f"look_inside/{name}" for name in expected}
+    assert drawn == {f"inspect/{name}" for name in expected}
     assert len(next(tmp_path.rglob("metadata.tsv")).read_text().splitlines()) == 32  # the projector's, one a token
     rows = [line.split("\t") for line in next(tmp_path.rglob("tensors.tsv")).read_text().splitlines()]
-    net, _ = checkpoint.load(next(tmp_path.rglob("last.ckpt")))  # the average, where there is one
+    net, _ = load_net(next(tmp_path.rglob("last.ckpt")))  # the average, where there is one
     assert torch.allclose(torch.tensor([[float(number) for number in row] for row in rows]), net.wte.weight)
 
 
 @pytest.mark.parametrize("passage, message", [("the €uro", "'€'"), ("t", "too short")])
 def test_a_passage_that_can_not_be_read_is_named(passage, message, fails, text_file, tmp_path):
     how = [f"--data.corpus={text_file}", f"--trainer.default_root_dir={tmp_path}"]
-    said = fails("fit", *TINY, "--config=look_inside", f"--trainer.callbacks.passage={passage}", *how)
+    said = fails("fit", *TINY, "--config=inspect", f"--trainer.callbacks.passage={passage}", *how)
     assert "passage" in said and message in said
 
 
 def test_without_matplotlib_training_goes_on_and_says_what_to_install(tmp_path, text_file, capsys, monkeypatch):
-    monkeypatch.setitem(sys.modules, "lightning_gpt.plots", None)
+    monkeypatch.setitem(sys.modules, "lightning_gpt.analysis.figures", None)
     how = [f"--data.corpus={text_file}", f"--trainer.default_root_dir={tmp_path}"]
-    main(["fit", *TINY, "--config=look_inside", *how])
-    said = [line for line in capsys.readouterr().out.splitlines() if "LookInside" in line]
+    main(["fit", *TINY, "--config=inspect", *how])
+    said = [line for line in capsys.readouterr().out.splitlines() if "ModelInspector" in line]
     assert len(said) == 1 and "[plots]" in said[0]
     assert list(tmp_path.rglob("last.ckpt"))
 
@@ -238,27 +249,27 @@ def test_a_figure_that_fails_ends_no_run(tmp_path, text_file, monkeypatch, capsy
     monkeypatch.setitem(matplotlib.rcParams, "text.usetex", True)
     monkeypatch.setenv("PATH", str(tmp_path))  # where no LaTeX is
     how = [f"--data.corpus={text_file}", f"--trainer.default_root_dir={tmp_path}", "--trainer.callbacks.shown=4"]
-    main(["fit", *TINY, "--config=look_inside", *how])
-    assert "LookInside has no figures of step 5" in capsys.readouterr().err
+    main(["fit", *TINY, "--config=inspect", *how])
+    assert "ModelInspector has no figures of step 5" in capsys.readouterr().err
 
 
 def test_a_run_that_goes_on_keeps_all_points_and_has_none_twice(tmp_path, text_file):
     where = [f"--trainer.default_root_dir={tmp_path}", "--trainer.log_every_n_steps=1"]
-    look = ["--config=look_inside", "--trainer.callbacks.shown=2"]
+    look = ["--config=inspect", "--trainer.callbacks.shown=2"]
     how = [f"--data.corpus={text_file}", "--trainer.max_steps=4", "--trainer.val_check_interval=4"]
     main(["fit", *TINY, *look, *how, *where])
     last = tmp_path / "tiny" / "version_0" / "checkpoints" / "last.ckpt"
     main(["fit", f"--ckpt_path={last}", *look, *where, "--trainer.max_steps=6", "--trainer.val_check_interval=3"])
     values, board = scalars(tmp_path / "tiny" / "version_0")
     assert [step for step, _ in values["train/loss"]] == list(range(6))  # step 4 is no validation any more
-    for tag in "val/loss", "samples/longest_copy", "look_inside/seconds":
+    for tag in "val/loss", "samples/longest_copy", "inspect/seconds":
         assert [step for step, _ in values[tag]] == [3, 5], tag
     (sample,) = [tag for tag in board.Tags()["tensors"] if tag.startswith("samples/")]
     assert [event.step for event in board.Tensors(sample)] == [3, 5]
-    assert [event.step for event in board.Images("look_inside/token_embeddings")] == [3, 5]
+    assert [event.step for event in board.Images("inspect/token_embeddings")] == [3, 5]
     listed = next(tmp_path.rglob("projector_config.pbtxt")).read_text()
     assert re.findall(r'"token_embeddings:0*(\d)"', listed) == ["3", "5"]
-    assert [step for step, _ in read(last.parents[1]).texts[sample.removesuffix("/text_summary")]] == [4, 6]
+    assert [step for step, _ in read_run(last.parents[1]).texts[sample.removesuffix("/text_summary")]] == [4, 6]
 
 
 # --- the report -------------------------------------------------------------------------------------------------------
@@ -318,7 +329,7 @@ def test_a_report_is_one_page_that_needs_nothing_else(watched, tmp_path, capsys)
         words in page.text for words in ("step 5", "max_steps: 5", "1 x cpu", "fit --config", "note") if words != "note"
     )
     for tag in "val/loss", "samples/longest_copy":
-        assert [step for step, _ in read(watched).curves[tag]] == [2, 4, 5]  # as the Trainer counts them
+        assert [step for step, _ in read_run(watched).curves[tag]] == [2, 4, 5]  # as the Trainer counts them
     assert "page/report.html" in capsys.readouterr().out
 
 
@@ -389,7 +400,7 @@ def test_a_report_reads_the_validation_text_wherever_it_lies(text_file, tmp_path
     tokenizer, data = CharTokenizer(text), {"corpus": str(tmp_path), "split": [0.5, 0.9], "vocabulary": text}
     whole = text if text[999] == "\n" else text[:1000] + "\n" + text[1000:]
     start = len(whole) // 2
-    assert torch.equal(passage(data, 30, tokenizer), tokenizer.encode(whole[start : start + 31]))
+    assert torch.equal(validation_passage(data, 30, tokenizer), tokenizer.encode(whole[start : start + 31]))
 
 
 @pytest.mark.parametrize("path, message", [("none", "does not exist"), ("empty", "no run's folder")])
@@ -410,7 +421,7 @@ def test_prompts_with_as_many_characters_may_have_other_numbers_of_tokens(tmp_pa
     corpus = text_file.read_text()
     prompts = [corpus[:12], "zqzqzqzqzqzq"]
     how = [f"--data.corpus={text_file}", f"--trainer.default_root_dir={tmp_path}", "--data.tokenizer=bpe"]
-    main(["fit", *TINY, *how, "--data.token_kinds=300", f"--sample.prompts={json.dumps(prompts)}"])
+    main(["fit", *TINY, *how, "--data.vocab_size=300", f"--sample.prompts={json.dumps(prompts)}"])
     _, board = scalars(tmp_path / "tiny" / "version_0")
     texts = [
         board.Tensors(tag)[-1].tensor_proto.string_val[0].decode()

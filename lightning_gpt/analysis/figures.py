@@ -1,0 +1,197 @@
+"""Figures of what happens inside a GPT, and of a run's curves. Needs matplotlib, the extra `plots`; no Lightning.
+
+Shapes   T time (tokens) · C channels · H heads · D = C / H · V vocabulary · L layers
+"""
+
+import math
+import warnings
+from collections.abc import Iterator, Sequence
+
+import torch
+from matplotlib.axes import Axes
+from matplotlib.colors import PowerNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from torch import Tensor
+from torch.nn import functional as F
+
+from ..data.tokenizers import Tokenizer
+from ..model.gpt import GPT
+from .probes import attention_maps, position_similarity, residual_streams, token_label, token_losses
+
+warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a text's letters may be in no font here
+DPI = 100
+LITERAL: dict = {"parse_math": False}  # of a token or a name: between two dollar signs there is no formula
+MOST_EMBEDDINGS = 300  # more can't be told apart in a figure
+
+
+# --- drawing ----------------------------------------------------------------------------------------------------------
+
+
+def new_figure(title: str, width: float, height: float) -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
+    figure.suptitle(title, fontsize=11)
+    return figure, figure.subplots()
+
+
+def draw_attention(maps: Tensor, labels: Sequence[str], title: str) -> Figure:
+    """One panel for each head of maps (H, T, T)."""
+    H, T = maps.shape[:2]
+    columns = H if H <= 3 else math.ceil(math.sqrt(H))
+    rows, side, gap = math.ceil(H / columns), max(0.14 * T, 1.0), 0.4  # in inches
+    width, height = columns * (side + gap) + gap, rows * (side + gap) + 0.45
+    figure = Figure(figsize=(max(width, 7), height), dpi=DPI)  # laid out by hand, as it takes half the time
+    figure.suptitle(f"{title}: a row is a character that looks, dark is where it looks", fontsize=13)
+    for h in range(H):
+        left, top = gap + h % columns * (side + gap), 0.65 + h // columns * (side + gap)
+        place = (left / figure.get_figwidth(), 1 - (top + side) / height, side / figure.get_figwidth(), side / height)
+        panel = figure.add_axes(place)
+        panel.imshow(maps[h].float().cpu().numpy(), cmap="Blues", norm=PowerNorm(0.5, 0, 1))
+        panel.set_title(f"head {h + 1}", fontsize=11, pad=3)
+        panel.set_xticks([])
+        panel.set_yticks([])
+        for t, text in enumerate(labels):  # not as ticks, which take twice as long
+            panel.text(t, T - 0.3, text[:4], ha="center", va="top", fontsize=9, **LITERAL)
+            panel.text(-0.7, t, text[:4], ha="right", va="center", fontsize=9, **LITERAL)
+    return figure
+
+
+def write_cell(ax: Axes, x: int, y: int, text: str, dark: bool) -> None:
+    size = 9 if len(text) == 1 else 5
+    ax.text(x, y, text[:4], ha="center", va="center", fontsize=size, color="white" if dark else "black", **LITERAL)
+
+
+def draw_losses(values: Tensor, labels: Sequence[str], most: float, title: str) -> Figure:
+    """The text itself, 32 tokens a line, each on a ground as dark as its loss; labels are those of values (T,)."""
+    T, columns = len(values), 32
+    rows = math.ceil(T / columns)
+    grid = torch.full((rows * columns,), math.nan)
+    grid[:T] = values.float().cpu()
+    title = f"{title}: {values.mean():.3f} nats on average; dark letters surprise the model"
+    figure, ax = new_figure(title, 7.6, 0.27 * rows + 0.8)
+    image = ax.imshow(grid.view(rows, columns).numpy(), cmap="Reds", vmin=0, vmax=most, aspect="auto")
+    for t, (text, value) in enumerate(zip(labels, values.tolist(), strict=True)):
+        write_cell(ax, t % columns, t // columns, text, value > 0.6 * most)
+    ax.set_xticks([])
+    ax.set_yticks(range(rows), [str(1 + row * columns) for row in range(rows)], fontsize=7)
+    figure.colorbar(image, ax=ax, aspect=8, pad=0.01, label="nats")
+    return figure
+
+
+def draw_lens(net: GPT, between: Tensor, ids: Tensor, labels: Sequence[str], tokenizer, title: str) -> Figure:
+    """What the head would say after each layer; between (L + 1, T, C), ids and labels (T + 1,)."""
+    with torch.no_grad():
+        odds = net.logits(between).float().softmax(-1).cpu()  # (L + 1, T, V)
+    best, of_true = odds.argmax(-1).tolist(), odds[:, torch.arange(len(ids) - 1), ids[1:].cpu()]
+    L, T = len(odds) - 1, len(ids) - 1
+    title = f"{title}: its likeliest next character, green if the true one has high odds"
+    figure, ax = new_figure(title, max(7.6, 0.25 * T + 2), 0.25 * L + 1.65)
+    image = ax.imshow(of_true.numpy(), cmap="Greens", vmin=0, vmax=1, aspect="auto", origin="lower")
+    for row, guesses in enumerate(best):
+        for t, i in enumerate(guesses):
+            write_cell(ax, t, row, token_label(tokenizer, i), bool(of_true[row, t] > 0.6))
+    ax.set_yticks(range(L + 1), ["embedding", *(f"layer {i}" for i in range(1, L + 1))], fontsize=8)
+    ax.set_xticks(range(T), labels[:-1], fontsize=8, **LITERAL)
+    ax.set_xlabel("character read", fontsize=8)
+    above = ax.secondary_xaxis("top")
+    above.set_xticks(range(T), labels[1:], fontsize=8, **LITERAL)
+    above.set_xlabel("true next character", fontsize=8)
+    for side in ax, above:
+        side.tick_params(length=0)
+    figure.colorbar(image, ax=ax, aspect=12, pad=0.01, label="odds of the true one")
+    return figure
+
+
+CLASS_COLORS = {"vowels": "tab:red", "consonants": "tab:blue", "capitals": "tab:green", "others": "tab:gray"}
+
+
+def char_class(text: str) -> str:
+    if not text[:1].isalpha():
+        return "others"
+    return "capitals" if text[0].isupper() else "vowels" if text[0] in "aeiou" else "consonants"
+
+
+def draw_embeddings(weight: Tensor, labels: Sequence[str], title: str) -> Figure:
+    """The token embeddings (V, C) on the plane where they vary most (principal components)."""
+    x = weight.detach().float().cpu()[:MOST_EMBEDDINGS]
+    x = x - x.mean(0)
+    u, s, _ = torch.linalg.svd(x, full_matrices=False)
+    s = F.pad(s, (0, max(0, 2 - len(s))))
+    plane = F.pad(u, (0, max(0, 2 - u.size(1))))[:, :2] * s[:2]
+    share = s.square() / s.square().sum().clamp(min=1e-30)
+    figure, ax = new_figure(f"{title}, on the plane where they differ most", 7, 6)
+    ax.scatter(plane[:, 0].numpy(), plane[:, 1].numpy(), s=0)  # for the limits of the axes
+    for (a, b), text in zip(plane.tolist(), labels, strict=False):
+        ax.text(a, b, text, ha="center", va="center", fontsize=10, color=CLASS_COLORS[char_class(text)], **LITERAL)
+    ax.set_xlabel(f"first direction, {share[0]:.0%} of the variance", fontsize=9)
+    ax.set_ylabel(f"second direction, {share[1]:.0%}", fontsize=9)
+    for name, colour in CLASS_COLORS.items():
+        ax.scatter([], [], color=colour, label=name, s=20)
+    ax.legend(fontsize=8, loc="best", framealpha=0.6)
+    ax.tick_params(labelsize=7)
+    return figure
+
+
+def draw_positions(similarity: Tensor, title: str) -> Figure:
+    """Cosines (T, T) of all pairs of positions."""
+    figure, ax = new_figure(title, 5.6, 4.8)
+    image = ax.imshow(similarity.cpu().numpy(), cmap="RdBu_r", vmin=-1, vmax=1)
+    ax.set_xlabel("position in the context", fontsize=9)
+    ax.set_ylabel("position in the context", fontsize=9)
+    ax.tick_params(labelsize=8)
+    figure.colorbar(image, ax=ax, label="cosine")
+    return figure
+
+
+Curve = list[tuple[int, float]]  # (step, value)
+
+
+def draw_curves(curves: dict[str, Curve], title: str, unit: str, log: bool = False) -> Figure:
+    """Lines over steps, the lowest point of a `val` line marked."""
+    figure, ax = new_figure(title, 5.4, 3.3)
+    for name, points in curves.items():
+        steps, values = zip(*points, strict=True)
+        shown = f" {name}" if name.startswith("_") else name  # a legend leaves out those with a line in front
+        (line,) = ax.plot(
+            steps, values, label=shown, linewidth=1.6, marker="o" if len(points) < 9 else None, markersize=3
+        )
+        if "val" in name and "loss" in name:
+            step, value = min(points, key=lambda point: point[1])
+            ax.plot(step, value, "o", color=line.get_color(), markersize=6, fillstyle="none")
+            ax.annotate(f"{value:.3f}", (step, value), (0, 6), textcoords="offset points", fontsize=9, ha="right")
+    if log:
+        ax.set_yscale("log")
+    elif all(float(value).is_integer() for points in curves.values() for _, value in points):
+        ax.yaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))  # there is no half a token
+    ax.set_xlabel("step")
+    ax.set_ylabel(unit)
+    ax.grid(alpha=0.25)
+    ax.spines[["top", "right"]].set_visible(False)
+    if len(curves) > 1:
+        legend = ax.legend(fontsize=8, frameon=False, ncols=2 if len(curves) > 6 else 1)
+        for text in legend.get_texts():
+            text.set(**LITERAL)
+    return figure
+
+
+def figures(net: GPT, tokenizer: Tokenizer, ids: Tensor, shown: int) -> Iterator[tuple[str, Figure]]:
+    """Name and figure of all there is to see inside a net that reads ids (T + 1,), T <= block_size.
+
+    Args:
+        net: in eval mode; it is left as it was.
+        shown: of how many tokens the attention and the prediction per layer are drawn.
+    """
+    labels = [token_label(tokenizer, i) for i in ids.tolist()]
+    few = ids[: shown + 1]
+    yield (
+        "loss_per_character",
+        draw_losses(token_losses(net, ids), labels[1:], math.log(len(tokenizer)) + 1, "Loss per character"),
+    )
+    for i, maps in enumerate(attention_maps(net, few[None, :-1]), start=1):
+        yield f"attention_layer_{i:02}", draw_attention(maps, labels[: len(few) - 1], f"Attention, layer {i}")
+    between = residual_streams(net, few[None, :-1])
+    yield "prediction_per_layer", draw_lens(net, between, few, labels[: len(few)], tokenizer, "Prediction per layer")
+    names = [token_label(tokenizer, i) for i in range(min(len(tokenizer), MOST_EMBEDDINGS))]
+    yield "token_embeddings", draw_embeddings(net.wte.weight, names, "Token embeddings")
+    what = "learned vectors" if net.config.position == "learned" else "angles (rope, never learned)"
+    yield "position_similarity", draw_positions(position_similarity(net), f"How alike positions are: {what}")

@@ -1,0 +1,135 @@
+"""The argument parser: jsonargparse, with text taken literally and errors in one line."""
+
+import argparse
+import re
+import sys
+from functools import partial
+from pathlib import PurePath
+from typing import Any, NoReturn, get_args
+
+import jsonargparse
+import yaml
+
+from ..errors import print_error
+
+
+class Dumper(yaml.SafeDumper):
+    """Puts quotes around 1e3, which is a number to jsonargparse and text to PyYAML."""
+
+
+FLOAT_WITH_EXPONENT = re.compile(r"[-+]?(\d[\d_]*\.?[\d_]*|\.[\d_]+)[eE][-+]?\d+")
+Dumper.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT_WITH_EXPONENT, list("-+.0123456789"))
+as_yaml = partial(yaml.dump, Dumper=Dumper, default_flow_style=False, allow_unicode=True, sort_keys=False)
+jsonargparse.set_dumper("yaml", as_yaml)
+
+
+class LiteralText(str):
+    """Text to be taken to the letter: jsonargparse looks for YAML in plain strings only."""
+
+
+def types_of(action: argparse.Action) -> set[Any]:
+    """The types that an option's value may have, None left out."""
+    hint = getattr(action, "_typehint", str)
+    return set(get_args(hint) if type(None) in get_args(hint) or str in get_args(hint) else [hint]) - {type(None)}
+
+
+def is_text(action: argparse.Action) -> bool:
+    """Whether an option takes a text or a path and nothing else, but for null."""
+    types = types_of(action)
+    return str in types and all(isinstance(t, type) and issubclass(t, (str, PurePath)) for t in types)
+
+
+class Parser(jsonargparse.ArgumentParser):
+    """Takes text to the letter and options by their full names, and says what is wrong in one line.
+
+    jsonargparse reads every value as YAML, where `# 1`, `~` and nothing at all are null. Here only the word `null` is.
+    """
+
+    def __init__(self, *args, **kwargs) -> None:
+        super().__init__(*args, **{"allow_abbrev": False} | kwargs)
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        message = " ".join(message.split())
+        if message.endswith("expected one argument"):
+            message += "; where it begins with a dash, it follows an equals sign, as in --prompt=-x"
+        print_error(message)
+        sys.exit(2)
+
+    def parse_args(self, args=None, *rest, **kwargs):  # type: ignore[override]
+        """As jsonargparse does; a class's own option, --trainer.callbacks.passage TEXT, may follow as its own word."""
+        joined: list[str] = []
+        for arg in sys.argv[1:] if args is None else args:
+            option = joined[-1] if joined else ""
+            nested = option.startswith("--") and "." in option and "=" not in option
+            if nested and not arg.startswith("-") and option not in self._option_string_actions:
+                joined[-1] += f"={arg}"
+            else:
+                joined.append(arg)
+        options = super().parse_args(joined, *rest, **kwargs)
+        for key, value in options.items():
+            if isinstance(value, LiteralText):
+                options[key] = str(value)
+            counts = isinstance(value, int) or isinstance(value, float) and "batches" in key
+            if counts and abs(value) >= 2**63:
+                self.error(f"{key}={value} is beyond the numbers of 64 bits that PyTorch counts with")
+        return options
+
+    def _parse_optional(self, arg_string):
+        found = super()._parse_optional(arg_string)
+        one = found[0] if isinstance(found, list) and found else found  # a list of one since Python 3.12
+        if one and hasattr(one[0], "_typehint") and one[-1] is not None and one[1] not in one[0].option_strings:
+            one = *one[:-1], LiteralText(one[-1])  # for an option of a class, whose own parser reads it
+            return [one] if isinstance(found, list) else one
+        return found
+
+    def _get_values(self, action, arg_strings):
+        value = super()._get_values(action, arg_strings)
+        return literal_value(action, value) if type(value) is str and hasattr(action, "_typehint") else value
+
+    def _check_value_key(self, action, value, key, cfg, append=False):
+        if hasattr(action, "_typehint"):
+            if type(value) is LiteralText:
+                value = literal_value(action, str(value))
+            elif type(value) is str and types_of(action) == {list[str]}:
+                value = [value]
+            if isinstance(value, str) and (is_text(action) or str in types_of(action) and is_yaml_null(value)):
+                return str(value)  # as it is in a config file, too: its strings are strings already
+        return super()._check_value_key(action, value, key, cfg, append)
+
+
+def literal_value(action: argparse.Action, value: str) -> str | list[str] | None:
+    """What a value on the command line stands for; jsonargparse is to read the rest, but no Text."""
+    if value == "null" and type(None) in get_args(action._typehint):  # type: ignore[attr-defined]
+        return None
+    if is_text(action):
+        return LiteralText(value)
+    if types_of(action) == {list[str]}:
+        return parse_list(action, value)
+    if value != "null" and is_yaml_null(value):
+        if str in types_of(action):
+            return LiteralText(value)
+        raise argparse.ArgumentError(action, f"{value!r} is no value; the word null, where it may be, stands for none")
+    return value
+
+
+def parse_list(action: argparse.Action, value: str) -> list[str]:
+    """One text, or several in brackets: YAML's list, without its types."""
+    try:
+        node = yaml.compose(value, yaml.BaseLoader) if value.startswith("[") and value.endswith("]") else None
+    except yaml.YAMLError:
+        node = None
+    if not isinstance(node, yaml.SequenceNode) or not all(isinstance(text, yaml.ScalarNode) for text in node.value):
+        return [value]
+    texts = [text.value for text in node.value]
+    if len(texts) == 1 and node.value[0].style is None:
+        raise argparse.ArgumentError(
+            action, f"{value} may be a text or a list of one: write ['{value}'] or ['{texts[0]}']"
+        )
+    return texts
+
+
+def is_yaml_null(value: str) -> bool:
+    try:
+        return yaml.safe_load(value) is None
+    except (yaml.YAMLError, ValueError):
+        return False

@@ -1,0 +1,286 @@
+"""The decoder-only Transformer, in the order of the lecture: attention, MLP, block, GPT.
+
+Shapes   B batch · T time (tokens) · C channels = n_embd · H heads · D = C / H · V vocabulary
+Maths    GPT-2 (Radford et al. 2019): each branch normalises its input, positions are learned. The settings of
+         GPTConfig turn the same block, piece by piece, into the modern one of configs/shakespeare.yaml
+Names    GPT-2's own (wte, c_attn, c_fc, ...; the c was for Conv1D), so that its weights load by name
+"""
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+if TYPE_CHECKING:
+    from .kv_cache import KVCache, LayerCache
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """The shape of a GPT; n_layer = 0 is the lecture's bigram, where nothing looks further back than one token.
+
+    Raises:
+        ValueError: sizes that do not fit together, named with the remedy.
+    """
+
+    vocab_size: int = 65
+    block_size: int = 256  # longest context, in tokens
+    n_layer: int = 6
+    n_head: int = 6
+    n_embd: int = 384
+    dropout: float = 0.2  # probability; on embeddings, attention weights and residual branches
+    bias: bool = True  # in linear layers and norms; the head never has one
+    tie_embeddings: bool = False  # one matrix for wte and lm_head, as in GPT-2
+    activation: Literal["gelu", "gelu_tanh", "relu", "relu2", "swiglu"] = "gelu"  # GPT-2's is gelu_tanh
+    position: Literal["learned", "rope"] = "learned"
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"  # rms has no weights, and stands after the embedding too
+    qk_norm: bool = False  # rms-normalise queries and keys, each head for itself
+    logit_softcap: float = 0.0  # squash logits softly into (-cap, cap); 0 leaves them as they are
+    init: Literal["gpt2", "zero"] = "gpt2"  # zero: branches and head start at 0, so the first loss is ln V
+    ngram_max: int = (
+        1  # up to so many tokens in a row have an embedding of their own, see `GPT.ngram_embeddings`; 1 has none
+    )
+    ngram_buckets: int = 65536  # of the table that holds them
+    ngram_dropout: float = 0.2  # probability that a token does without; the blocks must not lean on the table
+
+    def __post_init__(self):
+        for name, least in dict(
+            vocab_size=1, block_size=1, n_layer=0, n_head=1, n_embd=1, ngram_max=1, ngram_buckets=1
+        ).items():
+            if (size := getattr(self, name)) < least:
+                raise ValueError(f"{name}={size} must be at least {least}")
+        if self.n_embd % self.n_head:
+            raise ValueError(
+                f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}: every head takes an equal share"
+            )
+        if self.position == "rope" and self.n_embd // self.n_head % 2:
+            raise ValueError(
+                f"position=rope turns pairs of channels, and n_embd={self.n_embd} / n_head={self.n_head} gives every "
+                f"head an odd number, {self.n_embd // self.n_head}: take another n_head"
+            )
+        if self.logit_softcap < 0:
+            raise ValueError(f"logit_softcap={self.logit_softcap} must be 0 (no cap) or more")
+        for name in "dropout", "ngram_dropout":
+            if not 0 <= getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)} is a probability: 0 or more, and less than 1")
+
+
+def make_norm(config: GPTConfig) -> nn.Module:
+    """LayerNorm (Ba et al. 2016), or x / sqrt(mean(x^2)): RMSNorm (Zhang & Sennrich 2019) without weights."""
+    if config.norm == "rmsnorm":
+        return nn.RMSNorm(config.n_embd, eps=1e-6, elementwise_affine=False)
+    return nn.LayerNorm(config.n_embd, bias=config.bias)
+
+
+def rope_table(block_size: int, D: int) -> Tensor:
+    """cos and sin of position * 10000^(-2i/D), each (block_size, D/2): RoFormer (Su et al. 2021), section 3.4.2."""
+    angle = torch.arange(block_size)[:, None] * 10_000 ** (-torch.arange(0, D, 2) / D)
+    return torch.stack((angle.cos(), angle.sin()))
+
+
+def apply_rope(x: Tensor, table: Tensor) -> Tensor:
+    """x (B, T, H, D) with channel pairs (i, i + D/2) turned by their position's angle, table (2, [B,] T, D/2)."""
+    cos, sin = table[..., None, :]
+    a, b = x.chunk(2, -1)
+    return torch.cat((a * cos + b * sin, b * cos - a * sin), -1).type_as(x)
+
+
+class CausalSelfAttention(nn.Module):
+    """Every token asks itself and the tokens before it: softmax(Q K^T / sqrt(D)) V, in H heads at once.
+
+    Attention Is All You Need (Vaswani et al. 2017), section 3.2, with the mask of its decoder.
+    qk_norm: Query-Key Normalization (Henry et al. 2020), here without a learnt scale.
+    """
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.n_head, self.dropout, self.qk_norm = config.n_head, config.dropout, config.qk_norm
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd, bias=config.bias)  # q, k, v side by side
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+
+    def forward(self, x: Tensor, rope: Tensor | None = None, cache: "LayerCache | None" = None) -> Tensor:
+        B, T, C = x.shape
+        q, k, v = self.c_attn(x).view(B, T, 3, self.n_head, C // self.n_head).unbind(2)  # 3 x (B, T, H, D)
+        if self.qk_norm:
+            q, k = (F.rms_norm(z, z.shape[-1:], eps=1e-6) for z in (q, k))
+        if rope is not None:
+            q, k = apply_rope(q, rope), apply_rope(k, rope)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # 3 x (B, H, T, D)
+        mask = None
+        if cache is not None:
+            k, v, mask = cache.extend(k, v)  # (B, H, past + T, D)
+        # one new token may see every cached one, so only a longer piece needs the mask
+        y = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            mask,
+            is_causal=mask is None and (cache is None or T > 1),
+            dropout_p=self.dropout if self.training else 0.0,
+        )  # (B, H, T, D)
+        y = self.c_proj(y.transpose(1, 2).reshape(B, T, C))
+        return F.dropout(y, self.dropout, self.training)
+
+
+def activate(x: Tensor, activation: str) -> Tensor:
+    """What makes the MLP more than a matrix; relu2 is relu(x)^2 (Primer, So et al. 2021), and swiglu, which leaves
+    half of the channels, silu(a) * b (Shazeer 2020)."""
+    if activation == "gelu":
+        return F.gelu(x)
+    if activation == "gelu_tanh":
+        return F.gelu(x, approximate="tanh")
+    if activation == "swiglu":
+        a, b = x.chunk(2, -1)
+        return F.silu(a) * b
+    x = F.relu(x)
+    return x.square() if activation == "relu2" else x
+
+
+class MLP(nn.Module):
+    """Every token thinks for itself: W2 act(W1 x), four times as wide inside; with swiglu's a and b each 8/3."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.dropout, self.activation = config.dropout, config.activation
+        gated = config.activation == "swiglu"
+        inner = 8 * config.n_embd // 3 if gated else 4 * config.n_embd
+        self.c_fc = nn.Linear(config.n_embd, (1 + gated) * inner, bias=config.bias)
+        self.c_proj = nn.Linear(inner, config.n_embd, bias=config.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.c_proj(activate(self.c_fc(x), self.activation))
+        return F.dropout(x, self.dropout, self.training)
+
+
+class Block(nn.Module):
+    """Communicate (attention), then compute (MLP); each branch adds to the residual stream."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.ln_1 = make_norm(config)
+        self.attn = CausalSelfAttention(config)
+        self.ln_2 = make_norm(config)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, rope: Tensor | None = None, cache: "LayerCache | None" = None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), rope, cache)
+        return x + self.mlp(self.ln_2(x))
+
+
+class GPT(nn.Module):
+    """Token ids in, logits of the next token out, at every position at once."""
+
+    rope: Tensor  # the table of angles, if position is rope
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        if config.ngram_max > 1:
+            self.wng = nn.Embedding(config.ngram_buckets, config.n_embd)
+        if config.position == "learned":
+            self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        else:
+            table = rope_table(config.block_size, config.n_embd // config.n_head)
+            self.register_buffer("rope", table, persistent=False)
+        self.ln_e = make_norm(config) if config.norm == "rmsnorm" else nn.Identity()
+        self.h = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.ln_f = make_norm(config)
+        self.lm_head = nn.Linear(config.n_embd, config.vocab_size, bias=False)
+        if config.tie_embeddings:
+            self.lm_head.weight = self.wte.weight
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        """gpt2: matrices normal(0, 0.02), thinner where a branch joins the residual stream; biases 0 (section 2.3).
+
+        zero: branches, head and n-grams 0, embeddings normal(0, 1), other matrices uniform with std 0.5/sqrt(n_embd).
+        """
+        for name, p in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(p)
+            elif self.config.init == "zero":
+                if name.endswith("c_proj.weight") or name in ("lm_head.weight", "wng.weight"):
+                    nn.init.zeros_(p)
+                elif name in ("wte.weight", "wpe.weight"):
+                    nn.init.normal_(p)
+                elif p.dim() == 2:
+                    bound = 0.5 * math.sqrt(3 / self.config.n_embd)
+                    nn.init.uniform_(p, -bound, bound)
+            elif name.endswith("c_proj.weight"):
+                nn.init.normal_(p, std=0.02 / math.sqrt(2 * self.config.n_layer))
+            elif p.dim() == 2:
+                nn.init.normal_(p, std=0.02)
+
+    def ngram_embeddings(self, idx: Tensor, cache: "KVCache | None" = None) -> Tensor:
+        """The sum (B, T, C) of a vector for the last two tokens at each place, one for the last three ... `ngram`.
+
+        Byte Latent Transformer (Pagnoni et al. 2024), section 3.2.1: there are more n-grams than rows, so a hash
+        deals the rows out and some n-grams share one. What a first layer would have to learn, the table knows.
+        """
+        n = self.config.ngram_max
+        ids = F.pad(idx, (n - 1, 0), value=-1)  # -1: nothing there
+        if cache is not None:
+            ids = torch.cat((cache.tail_before(idx, n), idx), 1)
+            cache.tail.copy_(ids[:, ids.size(1) - n + 1 :])
+        key, keys = idx, []
+        for k in range(1, n):
+            earlier = ids[:, n - 1 - k : ids.size(1) - k]  # the token k places before
+            key = (key * 1_000_003 + earlier + 1) % 2_147_483_647
+            keys.append(key % self.config.ngram_buckets)
+        return self.wng(torch.stack(keys)).sum(0)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Logits (B, T, V) of what the last block made, x (B, T, C); capped as in Gemma 2 (2024), section 2."""
+        z = self.lm_head(self.ln_f(x))
+        if cap := self.config.logit_softcap:
+            z = z.to(torch.promote_types(z.dtype, torch.float32))  # bfloat16 has three digits only
+            z = cap * torch.tanh(z / cap)
+        return z
+
+    def forward(self, idx: Tensor, cache: "KVCache | None" = None, only: Tensor | None = None) -> Tensor:
+        """Logits of the next token at every position.
+
+        Args:
+            idx: token ids (B, T), 1 <= past + T <= block_size.
+            cache: keys and values of `past` earlier tokens; it is extended by these T.
+            only: the one position of each row (B,) whose logits are wanted.
+        Returns:
+            logits (B, T, V), or (B, 1, V) with `only`.
+        Raises:
+            ValueError: past + T exceeds block_size.
+        """
+        x = self.features(idx, cache)
+        if only is not None:
+            x = x[torch.arange(len(x), device=x.device), only][:, None]
+        return self.logits(x)
+
+    def features(self, idx: Tensor, cache: "KVCache | None" = None) -> Tensor:
+        """What the last block makes of the tokens, (B, T, C); `forward` before its head."""
+        past, T = (0 if cache is None else cache.length), idx.size(1)
+        if isinstance(past, int) and past + T > self.config.block_size:
+            raise ValueError(f"{past + T} tokens do not fit into block_size={self.config.block_size}")
+        x, rope = self.wte(idx), None  # (B, T, C)
+        if isinstance(past, Tensor):  # every row is at a place of its own
+            at = past[:, None] + torch.arange(T, device=idx.device)  # (B, T)
+        else:
+            at = torch.arange(past, past + T, device=idx.device)  # (T,)
+        if self.config.position == "learned":
+            x = x + self.wpe(at)
+        else:
+            rope = self.rope[:, at] if isinstance(past, Tensor) else self.rope[:, past : past + T]
+        if self.config.ngram_max > 1:
+            some = F.dropout(torch.ones_like(x[..., :1]), self.config.ngram_dropout, self.training)  # (B, T, 1)
+            x = x + some * self.ngram_embeddings(idx, cache)
+        if torch.is_autocast_enabled(x.device.type):  # the residual stream too, or every sum would be float32
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        x = F.dropout(self.ln_e(x), self.config.dropout, self.training)
+        layers = [None] * len(self.h) if cache is None else cache.open(idx, len(self.h))
+        for block, layer in zip(self.h, layers, strict=True):
+            x = block(x, rope, layer)
+        if cache is not None:
+            cache.length += T  # in place where it is a tensor, as a recorded step must
+        return x

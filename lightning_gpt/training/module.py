@@ -1,0 +1,474 @@
+"""What happens in a step: loss, optimizer, schedule, log. No text, no files, no sampling."""
+
+import math
+import sys
+from copy import deepcopy
+from typing import Any, Literal, cast
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.nn import functional as F
+from torchmetrics import MeanMetric, Metric, MetricCollection
+
+from ..checkpoint.io import dequantize
+from ..checkpoint.transfer import transfer_weights
+from ..cuda_graph import CapturedStep
+from ..data.windows import derive_seed
+from ..model.gpt import GPT, GPTConfig
+from ..model.lecture import LectureModel, build_net
+from .metrics import BitsPerCharacter, Perplexity
+from .optim import Muon, adamw_groups, lr_factor, muon_groups
+from .strategies import DDPFlatStrategy, FSDP2Strategy, apply_fsdp, full_tensor
+
+
+def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
+    """Mean cross-entropy of the targets y (B, T), in nats per token; in float32 at least, whatever the logits are."""
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # autocast would do the same
+    return F.cross_entropy(logits.flatten(0, 1), y.flatten())
+
+
+def next_token_loss(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    """Mean cross-entropy of the targets y (B, T) after the inputs x (B, T), in nats per token."""
+    return cross_entropy(net(x), y)
+
+
+def features_loss(net: GPT, features: Tensor, y: Tensor) -> Tensor:
+    """The same for a GPT whose `features` are there already."""
+    return cross_entropy(net.logits(features), y)
+
+
+def freeze_lowest(net: GPT, n: int) -> None:
+    """Make the embeddings and the lowest `n` blocks constants, which no gradient has to be computed for; 0: nothing.
+
+    Raises:
+        ValueError: there are not so many blocks.
+    """
+    if not 0 <= n <= len(net.h):
+        raise ValueError(f"freeze_layers={n} must be 0 or more, and {len(net.h)} at most, which is n_layer")
+    for name, p in net.named_parameters():
+        if n and (name.startswith("w") or name.startswith("h.") and int(name.split(".")[1]) < n):
+            p.requires_grad_(False)
+
+
+class DivergenceError(Exception):
+    """The loss is no number any more, and no step after this one would make it one."""
+
+
+class LanguageModel(L.LightningModule):
+    """A GPT and how it is trained; every argument is a plain value, so a checkpoint describes itself.
+
+    Args:
+        vocab_size: number of tokens; comes from the data.
+        block_size: longest context, in tokens.
+        n_layer: number of blocks; 0 is the lecture's bigram.
+        n_head: attention heads of a block.
+        n_embd: width of the residual stream, in channels; divisible by n_head.
+        dropout: probability; on embeddings, attention weights and residual branches.
+        bias: whether linear layers and norms have one.
+        tie_embeddings: whether the head shares the token embedding's matrix, as in GPT-2.
+        activation: of the MLP; gelu_tanh is how GPT-2 computes gelu.
+        position: learned, one vector for each place; or rope, an angle between query and key.
+        norm: layernorm, with learnt weights; or rms, without, and after the embedding too.
+        qk_norm: whether each head normalises its queries and keys.
+        logit_softcap: squash logits softly into (-cap, cap); 0 leaves them as they are.
+        init: gpt2; or zero, where branches and head start at 0.
+        ngram_max: up to so many tokens in a row have an embedding of their own, added to the token's; 1 has none.
+        ngram_buckets: of the table that holds them, which the n-grams share by their hash.
+        ngram_dropout: probability that a token does without them in training.
+        lecture_step: a step of the lecture in place of the GPT, see lecture.py; null is the GPT.
+        optimizer: adamw; or muon for the blocks' matrices with adamw for the rest.
+        learning_rate: AdamW's, at its peak.
+        muon_lr: Muon's, at its peak.
+        betas: AdamW's decay rates of the gradient's mean and square.
+        weight_decay: on matrices and embeddings; with muon, on the blocks' matrices only.
+        warmup_steps: optimizer steps over which the learning rate rises to its peak.
+        schedule: how it falls from there until the last step; wsd waits before it falls.
+        min_lr_ratio: the last learning rate as a share of the peak; 1 keeps it constant.
+        decay_fraction: share of all steps over which wsd falls.
+        ema_decay: keep an exponential average of the weights, so much of which stays at every step; it is what is
+            validated, kept as best and sampled. 0 keeps none.
+        init_from: a checkpoint whose weights to start from, with a new optimizer; best or last is the newest file of
+            that name below checkpoints/. It brings sizes and vocabulary. null starts from random weights.
+        freeze_layers: number of lowest blocks to freeze, together with the embeddings; with tied embeddings the head
+            too.
+        seed: decides the dropout of step k.
+        compile: compile the blocks (torch.compile) and, on one GPU, replay the whole step as a CUDA graph: a slow
+            start for fast steps. Callbacks' hooks inside a step are then called in its first few only.
+    """
+
+    def __init__(
+        self,
+        vocab_size: int = GPTConfig.vocab_size,
+        block_size: int = GPTConfig.block_size,
+        n_layer: int = GPTConfig.n_layer,
+        n_head: int = GPTConfig.n_head,
+        n_embd: int = GPTConfig.n_embd,
+        dropout: float = GPTConfig.dropout,
+        bias: bool = GPTConfig.bias,
+        tie_embeddings: bool = GPTConfig.tie_embeddings,
+        activation: Literal["gelu", "gelu_tanh", "relu", "relu2", "swiglu"] = GPTConfig.activation,
+        position: Literal["learned", "rope"] = GPTConfig.position,
+        norm: Literal["layernorm", "rmsnorm"] = GPTConfig.norm,
+        qk_norm: bool = GPTConfig.qk_norm,
+        logit_softcap: float = GPTConfig.logit_softcap,
+        init: Literal["gpt2", "zero"] = GPTConfig.init,
+        ngram_max: int = GPTConfig.ngram_max,
+        ngram_buckets: int = GPTConfig.ngram_buckets,
+        ngram_dropout: float = GPTConfig.ngram_dropout,
+        lecture_step: Literal["bigram", "head", "heads", "feedforward", "residual", "layernorm", "gpt"] | None = None,
+        optimizer: Literal["adamw", "muon"] = "adamw",
+        learning_rate: float = 1e-3,
+        muon_lr: float = 0.02,
+        betas: tuple[float, float] = (0.9, 0.99),
+        weight_decay: float = 0.1,
+        warmup_steps: int = 100,
+        schedule: Literal["cosine", "linear", "wsd"] = "cosine",
+        min_lr_ratio: float = 0.1,
+        decay_fraction: float = 0.6,
+        ema_decay: float = 0.0,
+        init_from: str | None = None,
+        freeze_layers: int = 0,
+        seed: int = 1337,
+        compile: bool = False,
+    ):
+        super().__init__()
+        for name, value in {
+            "ema_decay": ema_decay,
+            "min_lr_ratio": min_lr_ratio,
+            "decay_fraction": decay_fraction,
+        }.items():
+            if not 0 <= value <= 1 or value == 1 and name == "ema_decay":
+                raise ValueError(f"{name}={value} is a share: 0 or more, and less than 1 (min_lr_ratio may be 1)")
+        for name, rate in {"learning_rate": learning_rate, "muon_lr": muon_lr}.items():
+            if not 0 <= rate <= 1e30:
+                raise ValueError(f"{name}={rate} must be between 0 and 1e30; 1e-4 to 1e-1 are usual")
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"betas={betas} must be 0 or more and less than 1 each; (0.9, 0.99) is usual")
+        if warmup_steps < 0:
+            raise ValueError(f"warmup_steps={warmup_steps} must be 0 or more")
+        if lecture_step and compile:
+            raise ValueError(f"lecture_step={lecture_step} runs as it is written: leave compile=true out")
+        self.save_hyperparameters()
+        self.net = build_net(self.hparams)
+        self.ema_net = deepcopy(self.net).requires_grad_(False) if ema_decay else None
+        if isinstance(self.net, GPT):
+            freeze_lowest(self.net, freeze_layers)
+        elif freeze_layers:
+            raise ValueError(
+                f"freeze_layers={freeze_layers} is for the GPT, and lecture_step={lecture_step} is too "
+                "small for that: leave it out"
+            )
+        self.init_from = init_from  # the command line forgets it when a run goes on: all weights are in its checkpoint
+        self.head_loss, self.compiles = features_loss, False
+        self.captured: CapturedStep | None = None
+        self.grad_norm: Tensor | None = None
+        self.step_loss: Tensor = torch.zeros(())
+        self.last_step_done = 0
+        self.logged_loss: Tensor | None = None
+
+    @property
+    def eval_net(self) -> GPT | LectureModel:
+        """The net that is validated, kept as best and sampled: the average where there is one."""
+        return self.net if self.ema_net is None else self.ema_net
+
+    # --- a training step ---------------------------------------------------------------------------------------------
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        loss = self.train_loss(*batch)
+        self.bad_losses += ~loss.detach().isfinite()  # stays on the device: looking at each would make the GPU wait
+        return loss
+
+    def train_loss(self, x: Tensor, y: Tensor) -> Tensor:
+        if not self.compiles:
+            return next_token_loss(self.net, x, y)
+        try:
+            net = cast(GPT, self.net)
+            return self.head_loss(net, net.features(x), y)
+        except torch._dynamo.exc.BackendCompilerFailed as error:
+            reason = str(error.__cause__ or error).strip().split("\n")[0][:150]
+            print(f"compile: true, but compiling failed ({reason}); training goes on uncompiled", file=sys.stderr)
+            self.compiles = False
+            torch.compiler.set_stance("force_eager")
+            return next_token_loss(self.net, x, y)
+
+    def on_before_batch_transfer(self, batch: Tensor, dataloader_idx: int) -> Tensor:
+        """Between two steps: the last one is logged and validated, of the next one nothing is counted yet.
+
+        No hook of Lightning's has that moment, the only one from which a resumed run takes all up as it was. Callbacks
+        that have `on_step_done(trainer)` are told.
+        """
+        trainer = self.trainer
+        if trainer.training and trainer.global_step != self.last_step_done:
+            self.last_step_done = trainer.global_step
+            # Lightning has noted already whether the next batch is the last of its epoch: a checkpoint is not to say so
+            progress = trainer.fit_loop.epoch_loop.batch_progress
+            of_next, progress.is_last_batch = progress.is_last_batch, False
+            for callback in trainer.callbacks:
+                if hasattr(callback, "on_step_done"):
+                    callback.on_step_done(trainer)
+            progress.is_last_batch = of_next
+        return batch
+
+    def on_train_batch_start(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        # dice and rates are functions of the step alone, so a resumed run needs neither from the checkpoint
+        torch.manual_seed(derive_seed(self.hparams.seed, self.global_rank, self.trainer.fit_loop.total_batch_idx))
+        if groups := self.scheduled_groups():
+            factor = self.lr_factor(self.trainer.global_step)
+            for group in groups:
+                rate = group["peak_lr"] * factor
+                if isinstance(group["lr"], Tensor):
+                    group["lr"].fill_(rate)
+                else:
+                    group["lr"] = rate
+        self.batch = batch
+
+    def scheduled_groups(self) -> list[dict]:
+        """The parameter groups whose learning rate follows `schedule`.
+
+        None of a subclass whose `configure_optimizers` makes groups of its own, or brings a scheduler.
+        """
+        own = self.trainer.lr_scheduler_configs
+        return [] if own else [group for group in self.trainer.optimizers[0].param_groups if "peak_lr" in group]
+
+    @property
+    def total_steps(self) -> float:
+        """Optimizer steps of the whole run, by max_steps or max_epochs, whichever is less; infinite by neither."""
+        steps = self.trainer.estimated_stepping_batches
+        return math.inf if steps == -1 else steps
+
+    def lr_factor(self, step: int) -> float:
+        hp = self.hparams
+        return lr_factor(step, self.total_steps, hp.warmup_steps, hp.schedule, hp.min_lr_ratio, hp.decay_fraction)
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer, optimizer_closure=None) -> None:
+        def step():
+            optimizer.step(closure=optimizer_closure)
+            if self.ema_net is not None:
+                ours, new = tuple(self.ema_net.parameters()), tuple(self.net.parameters())
+                with torch.no_grad():
+                    torch._foreach_lerp_(ours, new, 1 - self.hparams.ema_decay)
+
+        if self.captured is None:
+            step()
+            return
+        self.captured(step, self.batch)
+        if self.captured.calls == self.captured.warm_up + 1:
+            self.recorded_result = optimizer_closure._result
+        elif self.captured.calls > self.captured.warm_up + 1:
+            optimizer_closure._result = self.recorded_result  # Lightning asks for it, and the closure did not run
+
+    def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
+        # by hand, as Lightning 2.6 refuses to clip for a fused optimizer under bf16-mixed
+        params = list(self.net.parameters())
+        if isinstance(self.trainer.strategy, DDPFlatStrategy):
+            self.trainer.strategy.all_reduce_mean([p.grad for p in params if p.grad is not None])
+        if gradient_clip_algorithm == "value":
+            nn.utils.clip_grad_value_(params, gradient_clip_val)
+        self.grad_norm = full_tensor(nn.utils.get_total_norm([p.grad for p in params if p.grad is not None]))
+        if gradient_clip_val and gradient_clip_algorithm != "value":
+            nn.utils.clip_grads_with_norm_(params, gradient_clip_val, self.grad_norm)
+
+    def ends_step(self, batch_idx: int) -> bool:
+        """Whether an optimizer step ends with this batch of an epoch, as one does with the epoch's last batch."""
+        n = batch_idx + 1
+        return n % self.trainer.accumulate_grad_batches == 0 or n == self.trainer.num_training_batches
+
+    def logs_after(self, batch_idx: int) -> bool:
+        """Whether a step ends with this batch whose values are written; self.log takes 0.4 ms even for the others."""
+        return self.ends_step(batch_idx) and self.logs(self.trainer.global_step)
+
+    def logs(self, step: int) -> bool:
+        """Whether the values of a step are written; Lightning always writes those of the last one."""
+        every = self.trainer.log_every_n_steps
+        return every > 0 and (step % every == 0 or step == self.total_steps)
+
+    def stop_if_diverged(self, look_at_weights: bool = True) -> None:
+        """Raises Diverged if a loss was no number so far, or a weight is none now."""
+        if bad := int(self.trainer.strategy.reduce(self.bad_losses, reduce_op="max")):  # all ranks stop, or none
+            step = max(1, self.trainer.global_step - (bad - 1) // self.trainer.accumulate_grad_batches)
+            what = "the loss became no number (nan or infinite)"
+        elif look_at_weights and not full_tensor(nn.utils.get_total_norm(self.net.parameters())).isfinite():
+            step, what = self.trainer.global_step, "the weights became no numbers (nan or infinite)"
+        else:
+            return
+        hp, factor = self.hparams, self.lr_factor(step - 1)
+        rates = {"learning_rate": hp.learning_rate} | ({"muon_lr": hp.muon_lr} if hp.optimizer == "muon" else {})
+        at = " and ".join(f"{name} {factor * rate:.2g} (peak {rate:g})" for name, rate in rates.items())
+        if not self.scheduled_groups():  # of a subclass
+            rates_now = [float(group["lr"]) for group in self.trainer.optimizers[0].param_groups]
+            at = f"learning rate {max(rates_now, default=0):.2g}"
+        raise DivergenceError(f"{what} at step {step:,}, with {at}: take a lower rate")
+
+    def on_train_batch_end(self, outputs, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        if (self.device.type == "cpu" and self.trainer.world_size == 1) or self.logs_after(batch_idx):
+            self.stop_if_diverged(look_at_weights=False)
+        accumulate = self.trainer.accumulate_grad_batches
+        batches = batch_idx % accumulate + 1  # of this step so far
+        # each loss is divided already
+        self.step_loss = outputs["loss"] if batches == 1 else self.step_loss + outputs["loss"]
+        if self.logs_after(batch_idx):
+            loss = self.step_loss.clone()  # a replayed step writes to the same place
+            loss = self.logged_loss = loss if batches == accumulate else loss * (accumulate / batches)
+            self.log("train/loss", loss, sync_dist=self.trainer.world_size > 1)
+            if self.chars_per_token is not None:
+                per_token = self.chars_per_token[batch[1]].float().mean()
+                self.log("train/bpc", loss / per_token / math.log(2), sync_dist=self.trainer.world_size > 1)
+            rates = {bool(group.get("muon")): group["lr"] for group in self.trainer.optimizers[0].param_groups}
+            for of_muon, rate in rates.items():
+                self.log("train/muon_lr" if of_muon else "train/lr", float(rate))
+            self.log("train/grad_norm", self.grad_norm.clone())
+
+    # --- validation: a weighted mean over all tokens, exact whatever the windows' lengths and the ranks' shares -------
+
+    def on_validation_start(self) -> None:
+        if self.trainer.state.fn == "fit" and not self.trainer.sanity_checking:
+            self.stop_if_diverged()
+        if self.compiles:
+            torch.compiler.set_stance("force_eager")  # shapes vary here and in sampling: don't compile for each
+        self.val_metrics.to(torch.float32)  # Lightning has cast them with the weights, and a bfloat16 sum stops growing
+
+    def on_validation_end(self) -> None:
+        if self.compiles:
+            torch.compiler.set_stance("default")
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        self.measure(self.val_metrics, *batch)
+        self.log_dict(self.val_metrics)
+
+    def on_test_start(self) -> None:
+        self.test_metrics.to(torch.float32)  # as in on_validation_start
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        self.measure(self.test_metrics, *batch)
+        self.log_dict(self.test_metrics)
+
+    def measure(self, metrics: MetricCollection, x: Tensor, y: Tensor) -> None:
+        if y.numel():
+            how = {} if self.chars_per_token is None else {"characters": self.chars_per_token[y].sum()}
+            metrics.update(next_token_loss(self.eval_net, x, y), weight=y.numel(), **how)
+        elif isinstance(self.trainer.strategy, FSDP2Strategy):
+            nothing = x.new_zeros(1, x.size(1))  # the others have a window, and need this rank's weights for it
+            next_token_loss(self.eval_net, nothing, nothing)
+
+    # --- set up, save and resume -------------------------------------------------------------------------------------
+
+    chars_per_token: Tensor | None  # None if the tokenizer does not know
+
+    def setup(self, stage: str) -> None:
+        if stage == "fit" and self.ema_net is not None and self.trainer.precision in ("bf16-true", "16-true"):
+            raise ValueError(
+                f"model.ema_decay={self.hparams.ema_decay} with trainer.precision={self.trainer.precision}: an average "
+                "rounded to 16 bits stops following the weights; take bf16-mixed, or --model.ema_decay 0"
+            )
+        for callback in self.trainer.callbacks:
+            if isinstance(callback, (LearningRateFinder, BatchSizeFinder)):
+                raise ValueError(
+                    f"{type(callback).__name__} would change the rates or batches that the settings fix for a whole "
+                    "run: leave it out, and compare short runs with other model.learning_rate or data.batch_size"
+                )
+        tokenizer = getattr(getattr(self.trainer, "datamodule", None), "tokenizer", None)
+        table = None if tokenizer is None else tokenizer.chars_per_token
+        self.register_buffer("chars_per_token", table, persistent=False)
+        metrics: dict[str, Metric | MetricCollection] = {"loss": MeanMetric(), "perplexity": Perplexity()}
+        if table is not None:
+            metrics["bpc"] = BitsPerCharacter()
+        self.val_metrics = MetricCollection(metrics, prefix="val/")
+        self.test_metrics = self.val_metrics.clone(prefix="test/")
+        if stage == "fit" and self.init_from:
+            weights = transfer_weights(self.init_from, self.net.state_dict(), tokenizer, self.hparams.freeze_layers > 0)
+            for net in self.net, self.ema_net:
+                if net is not None:
+                    net.load_state_dict(weights)
+
+    def on_load_checkpoint(self, saved: dict) -> None:
+        dequantize(saved)
+        saved["state_dict"] = self.with_ema(saved["state_dict"])
+        if self._trainer and self._trainer.precision == "64-true":
+            self.double()  # Lightning does so after it has put the weights in, which would round them
+        if loops := saved.get("loops", {}).get("fit_loop"):
+            epochs, batches = loops["epoch_progress"], loops["epoch_loop.batch_progress"]
+            if epochs["current"]["ready"] == epochs["current"]["processed"]:  # saved when a run had ended ...
+                if batches["is_last_batch"]:  # ... with its epoch: Lightning would count the next batch to that one
+                    batches["is_last_batch"] = False
+                    steps = loops["epoch_loop.automatic_optimization.optim_progress"]["optimizer"].values()
+                    for progress in batches, loops["epoch_loop.scheduler_progress"], *steps:
+                        progress["current"] = dict.fromkeys(progress["current"], 0)
+                else:  # ... before: Lightning would go on in an epoch of another number
+                    for progress in epochs.values():
+                        progress["processed"] = progress["completed"] = progress["ready"] - 1
+
+    def with_ema(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Weights for this module: where only one of both keeps an average, it starts from the weights, or ends."""
+        has = any(name.startswith("ema_net.") for name in weights)
+        if has and self.ema_net is None:
+            return {name: w for name, w in weights.items() if not name.startswith("ema_net.")}
+        if self.ema_net is None or has:
+            return weights
+        return weights | {name.replace("net.", "ema_net.", 1): w for name, w in weights.items()}
+
+    def configure_model(self) -> None:
+        if self._trainer and isinstance(self._trainer.strategy, FSDP2Strategy):
+            if self.hparams.lecture_step:
+                raise ValueError(
+                    f"model.lecture_step={self.hparams.lecture_step} is too small to share out: leave shards out"
+                )
+            for net in self.net, self.ema_net:
+                if net is not None:
+                    apply_fsdp(cast(GPT, net), cast(DeviceMesh, self.device_mesh)["data_parallel"])
+
+    def parameter_groups(self) -> list[dict]:
+        hp = self.hparams
+        if hp.optimizer == "muon":
+            groups = muon_groups(self.net, hp.muon_lr, hp.weight_decay, hp.learning_rate, hp.betas)
+        else:
+            groups = adamw_groups(self.net, hp.learning_rate, hp.betas, hp.weight_decay)
+        trained = [group | {"params": [p for p in group["params"] if p.requires_grad]} for group in groups]
+        return [group for group in trained if group["params"]] if hp.freeze_layers else groups
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        if self.trainer.precision == "16-true":
+            raise ValueError(
+                "trainer.precision=16-true can't train: in float16 AdamW's mean of squared gradients is rounded to 0, "
+                "and weights become NaN; take bf16-mixed, or 16-mixed on a GPU"
+            )
+        if self.hparams.optimizer == "muon":
+            if isinstance(self.trainer.strategy, FSDP2Strategy):
+                raise ValueError("model.optimizer=muon takes whole matrices, and this strategy shards them: take adamw")
+            return Muon(self.parameter_groups(), shared=isinstance(self.trainer.strategy, DDPFlatStrategy))
+        # one kernel for all parameters; 16-mixed must see the gradients unscaled before they are clipped
+        fused = self.device.type == "cuda" and self.trainer.precision != "16-mixed"
+        return torch.optim.AdamW(self.parameter_groups(), fused=fused, capturable=fused)
+
+    def on_train_start(self) -> None:
+        if (loop := self.trainer.fit_loop.epoch_loop).restarting:
+            # where a validation is due, by today's settings, Lightning begins with a turn without a batch, but counts a
+            # step for the loggers: the resumed curves would be one off
+            turn = loop._should_check_val_fx(cast(Any, self.trainer.fit_loop._data_fetcher))
+            loop._batches_that_stepped = self.trainer.global_step - turn
+        self.last_step_done = 0  # this net may have been trained before
+        self.bad_losses = torch.zeros((), dtype=torch.int64, device=self.device)
+        self.compiles = self.hparams.compile
+        if self.compiles:
+            for block in self.net.h:
+                block.compile(dynamic=False)  # in place and one for all: the checkpoint's keys stay as they are
+            self.head_loss = torch.compile(features_loss, dynamic=False)
+            whole = self.trainer.world_size == 1 or isinstance(self.trainer.strategy, DDPFlatStrategy)
+            whole = whole and self.trainer.accumulate_grad_batches == 1 and self.trainer.precision != "16-mixed"
+            # another optimizer may do what can't be recorded
+            whole = whole and type(self).configure_optimizers is LanguageModel.configure_optimizers
+            if self.device.type == "cuda" and whole:
+                self.captured = CapturedStep()
+        if self.total_steps == math.inf and self.hparams.min_lr_ratio < 1 and self.scheduled_groups():
+            raise ValueError(
+                f"the learning rate falls until the last step (model.schedule={self.hparams.schedule}), and nothing "
+                "says which step that is: give the Trainer max_steps too, or model.min_lr_ratio=1 for a constant rate"
+            )
+        # a resumed optimizer keeps its moments, but takes its rates from today's settings
+        ours = {tuple(map(id, group["params"])): group for group in self.parameter_groups()}
+        for group in self.scheduled_groups():
+            lr = torch.zeros((), device=self.device) if self.captured else 0.0
+            fresh = ours.get(tuple(map(id, group["params"])), {})
+            group.update({key: fresh[key] for key in fresh if key != "params"}, lr=lr)

@@ -1,0 +1,254 @@
+"""How a run is doing, beyond its losses, and how TensorBoard lays all of it out."""
+
+import math
+import os
+import platform
+import time
+from typing import Any, cast
+
+import lightning as L
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.utils.tensorboard.summary import hparams
+
+from ..model.gpt import GPT
+from .module import LanguageModel
+from .strategies import FSDP2Strategy
+
+HPARAM_METRICS = (
+    "val/best",
+    "val/loss",
+    "val/bpc",
+    "val/generalization_gap",
+    "train/loss",
+    "perf/tokens_per_second",
+    "perf/mfu",
+)
+LAYOUT = {
+    "loss": {
+        "nats per token": ["Multiline", ["train/loss", "val/loss", "val/best"]],
+        "bits per character": ["Multiline", ["train/bpc", "val/bpc"]],
+        "gap: val less train, rises when it learns by heart": ["Multiline", ["val/generalization_gap"]],
+    },
+    "optimizer": {
+        "learning rates": ["Multiline", ["train/lr", "train/muon_lr"]],
+        "gradient norm": ["Multiline", ["train/grad_norm"]],
+        "update / weights, per layer (AdamW: 1e-3 or so)": ["Multiline", ["update_ratio/.*"]],
+    },
+    "speed": {
+        "tokens per second": ["Multiline", ["perf/tokens_per_second"]],
+        "ms per step": ["Multiline", ["perf/ms_per_step"]],
+    },
+    "samples": {
+        "longest run copied from the training text, in tokens": ["Multiline", ["samples/longest_copy"]],
+        "share of n-grams that stand in the training text": ["Multiline", ["samples/copied_share"]],
+    },
+}
+
+GPU_CHARTS = {
+    "share of the GPU's peak": ["Multiline", ["perf/mfu"]],
+    "GPU memory, GiB": ["Multiline", ["perf/gpu_memory"]],
+}
+
+
+def layer_name(name: str) -> str:
+    """Where a parameter belongs: embeddings, h.0, h.1 ... or head."""
+    part, *rest = name.split(".")
+    return f"h.{rest[0]}" if part == "h" else "embeddings" if part.startswith("w") or part == "ln_e" else "head"
+
+
+def describe_hardware(lm: LanguageModel) -> str:
+    """What this run computes on, in words."""
+    trainer, device = lm.trainer, lm.device
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} ({platform.machine()})"
+    return (
+        f"{trainer.world_size} x {name}, {trainer.precision}, {os.cpu_count()} CPU cores, torch with "
+        f"{torch.get_num_threads()} threads; Python {platform.python_version()}, torch {torch.__version__}, "
+        f"lightning {L.__version__}"
+    )
+
+
+class UpdateRatios(L.Callback):
+    """Logs `update_ratio/...` of each layer, and after a validation `val/best` and `val/generalization_gap`.
+
+    The gap is the validation loss minus the train loss.
+
+    An update ratio is |new - old| / |new| over all of a layer's weights in one step. It is taken from a copy made
+    before each logged step, as a step that was recorded calls no hooks; the other steps cost nothing, and training is
+    bit for bit what it is without.
+    """
+
+    def __init__(self) -> None:
+        self.before: list[Tensor] = []
+        self.best, self.train_loss = float("inf"), float("nan")
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"best": self.best, "train_loss": self.train_loss}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.best, self.train_loss = state_dict["best"], state_dict["train_loss"]
+
+    @staticmethod
+    def weights(lm: LanguageModel) -> dict[str, Tensor]:
+        """What this device holds of each parameter that is trained."""
+        return {name: (p.to_local() if isinstance(p, DTensor) else p).detach() for name, p in lm.net.named_parameters()}
+
+    def on_train_batch_start(self, trainer: L.Trainer, lm: L.LightningModule, batch, batch_idx: int) -> None:
+        model = cast(LanguageModel, lm)
+        if trainer.loggers and model.ends_step(batch_idx) and model.logs(trainer.global_step + 1):
+            self.before = [w.clone() for w in self.weights(model).values()]
+
+    @torch.no_grad()
+    def on_train_batch_end(self, trainer: L.Trainer, lm: L.LightningModule, outputs, batch, batch_idx: int) -> None:
+        if not self.before or not cast(LanguageModel, lm).logs_after(batch_idx):
+            return
+        now, before, self.before = self.weights(cast(LanguageModel, lm)), self.before, []
+        norms = [
+            *torch._foreach_norm(torch._foreach_sub(list(now.values()), before)),
+            *torch._foreach_norm(list(now.values())),
+        ]
+        squares = torch.stack(norms).float().square()  # (2 x parameters)
+        if isinstance(trainer.strategy, FSDP2Strategy):
+            squares = cast(Tensor, trainer.strategy.reduce(squares, reduce_op="sum"))
+        if not trainer.is_global_zero:
+            return
+        sums: dict[str, list[float]] = {}
+        for name, moved, size in zip(now, *squares.view(2, -1).tolist(), strict=True):
+            layer = sums.setdefault(layer_name(name), [0.0, 0.0])
+            layer[0] += moved
+            layer[1] += size
+        ratios = {f"update_ratio/{layer}": (moved / (size or 1.0)) ** 0.5 for layer, (moved, size) in sums.items()}
+        for logger in trainer.loggers:  # at once, as self.log takes 0.4 ms for each
+            logger.log_metrics(ratios, trainer.global_step - 1)  # Lightning counts the steps it logs from 0
+
+    def remember_train_loss(self, trainer: L.Trainer) -> None:
+        if (loss := cast(LanguageModel, trainer.lightning_module).logged_loss) is not None:
+            self.train_loss = float(trainer.strategy.reduce(loss))
+
+    def on_step_done(self, trainer: L.Trainer) -> None:
+        if cast(LanguageModel, trainer.lightning_module).logs(trainer.global_step):
+            self.remember_train_loss(trainer)  # before the checkpoint of this step: a resumed run's gap needs it
+
+    def on_exception(self, trainer: L.Trainer, *_) -> None:
+        if trainer.world_size == 1 and hasattr(trainer.lightning_module, "logged_loss"):
+            self.remember_train_loss(trainer)  # as Save saves then
+
+    def on_validation_epoch_end(self, trainer: L.Trainer, lm: L.LightningModule) -> None:
+        if trainer.state.fn != "fit" or trainer.sanity_checking:
+            return
+        loss = float(cast(LanguageModel, lm).val_metrics["loss"].compute())  # of all ranks
+        self.best = min(self.best, loss)
+        self.remember_train_loss(trainer)
+        several = trainer.world_size > 1  # all have the same figures, but Lightning warns if it is not to average
+        lm.log("val/best", self.best, sync_dist=several)
+        if not math.isnan(self.train_loss):
+            lm.log("val/generalization_gap", loss - self.train_loss, sync_dist=several)
+
+    def on_train_start(self, trainer: L.Trainer, lm: L.LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        for logger in trainer.loggers:
+            if not isinstance(logger, TensorBoardLogger):
+                continue
+            on_gpu = GPU_CHARTS if lm.device.type == "cuda" else {}  # else the charts would be empty
+            logger.experiment.add_custom_scalars(LAYOUT | {"speed": LAYOUT["speed"] | on_gpu})
+            # TEXT opens its first two groups, run and samples
+            logger.experiment.add_text("run/hardware", describe_hardware(cast(LanguageModel, lm)), trainer.global_step)
+            settings = {**lm.hparams, **trainer.datamodule.hparams, "max_steps": trainer.max_steps}
+            settings |= {"precision": str(trainer.precision), "devices": trainer.world_size}
+            plain = {
+                key: value if isinstance(value, (bool, int, float, str)) else str(value)
+                for key, value in settings.items()
+                if key != "vocabulary"
+            }
+            # the tab takes its figures from the curves of these names, so it is right at any moment
+            for summary in hparams(plain, dict.fromkeys(HPARAM_METRICS))[:2]:
+                logger.experiment._get_file_writer().add_summary(summary)
+
+
+# FLOP/s of dense bfloat16 products, from NVIDIA's data sheets; a longer name comes before one that is a part of it
+PEAK_FLOPS = {
+    "B200": 2250e12,
+    "GH200": 989e12,
+    "H200": 989e12,
+    "H100 NVL": 835e12,
+    "H100 PCIe": 756e12,
+    "H100": 989e12,
+    "A100": 312e12,
+    "L40S": 362e12,
+    "A40": 150e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+}
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """FLOP/s that a device can do at best, in bfloat16; None if we don't know it."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((rate for part, rate in PEAK_FLOPS.items() if part in name), None)
+
+
+def flops_per_token(net: GPT) -> float:
+    """Of forward and backward: PaLM (Chowdhery et al. 2022), appendix B."""
+    matrices = sum(p.numel() for name, p in net.named_parameters() if p.dim() == 2 and not name.startswith("w"))
+    if net.config.tie_embeddings:
+        matrices += net.wte.weight.numel()
+    return 6 * matrices + 12 * net.config.n_layer * net.config.n_embd * net.config.block_size
+
+
+class Throughput(L.Callback):
+    """Logs how fast training is: `perf/tokens_per_second` and `perf/ms_per_step`, and on a GPU `perf/gpu_memory` (GiB,
+    what PyTorch holds of it) and `perf/mfu`, the share of PEAK that the net's own arithmetic makes use of.
+
+    Over all devices; compiling, validation and samples do not count. `seconds` is the time that training took
+    altogether, counted in the same way.
+    """
+
+    since: float | None = None
+    FIRST = 5  # batches not counted: in them things are compiled, recorded and tuned
+
+    def on_train_start(self, trainer: L.Trainer, lm: L.LightningModule) -> None:
+        self.batches, self.seconds, self.since = 0, 0.0, None
+
+    def stop(self) -> float:
+        """Seconds since the clock was started last."""
+        assert self.since is not None
+        seconds, self.since = time.perf_counter() - self.since, None
+        self.seconds += seconds
+        return seconds
+
+    def on_train_batch_start(self, trainer: L.Trainer, lm: L.LightningModule, batch, batch_idx: int) -> None:
+        if self.since is None and self.batches >= self.FIRST:
+            self.wait(lm)
+            self.tokens, self.since = 0, time.perf_counter()
+
+    def on_train_batch_end(self, trainer: L.Trainer, lm: L.LightningModule, outputs, batch, batch_idx: int) -> None:
+        self.batches += 1
+        if self.since is not None:
+            self.tokens += batch[1].numel() * trainer.world_size
+            if cast(LanguageModel, lm).logs_after(batch_idx):
+                seconds, tokens = self.stop(), self.tokens
+                self.tokens, self.since = 0, time.perf_counter()
+                self.log_speed(
+                    trainer, cast(LanguageModel, lm), tokens / seconds, batch[1].numel() * trainer.world_size
+                )
+
+    def log_speed(self, trainer: L.Trainer, lm: LanguageModel, speed: float, batch_tokens: int) -> None:
+        lm.log("perf/tokens_per_second", speed)  # may wait for the GPU: that time counts too
+        lm.log("perf/ms_per_step", 1e3 * batch_tokens * trainer.accumulate_grad_batches / speed)
+        if lm.device.type == "cuda":
+            lm.log("perf/gpu_memory", torch.cuda.max_memory_reserved(lm.device) / 2**30)
+        if isinstance(lm.net, GPT) and (peak := peak_flops(lm.device)):
+            lm.log("perf/mfu", speed * flops_per_token(lm.net) / peak / trainer.world_size)
+
+    def on_validation_start(self, trainer: L.Trainer, lm: L.LightningModule) -> None:
+        if self.since is not None:
+            self.wait(lm)
+            self.stop()
+
+    @staticmethod
+    def wait(lm: L.LightningModule) -> None:
+        if lm.device.type != "cpu":
+            torch.accelerator.synchronize()  # steps that were only launched so far
