@@ -112,8 +112,8 @@ NURSERY = """
 import json, os, resource, sys, traceback
 import torch
 torch.set_num_threads(1)
-import lightning_gpt.cli  # main would import it, and Lightning, only when it is needed
-from lightning_gpt.main import main
+import lightning_gpt.cli.train  # main imports it, and Lightning, only when it is needed
+from lightning_gpt.cli.main import main
 for line in sys.stdin:
     args, folder, log, limit, environments = json.loads(line)
     pids = []

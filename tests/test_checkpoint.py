@@ -85,7 +85,7 @@ def quantized(w):
         ((MODEL, "position"), "sideways", "position is 'sideways'"),
         ((MODEL, "lecture_step"), ["gpt"], "lecture_step"),
         ((MODEL, "seed"), ..., "seed is None"),
-        ((MODEL, "ema_decay"), 0.9, "the weight average.wte.weight is missing"),
+        ((MODEL, "ema_decay"), 0.9, "the weight ema_net.wte.weight is missing"),
         ((MODEL, "tie_embeddings"), True, "the head is tied to the embedding, and differs"),
         ((MODEL, "betas"), {"class_path": "evil.Evil"}, "model.betas"),
         ((MODEL, "ngram_max"), 10**9, "ngram_max=1000000000"),
@@ -295,7 +295,7 @@ def test_a_device_that_only_the_checkpoint_names_is_not_read(saved, tmp_path, fa
 
 
 def test_token_files_of_another_vocabulary_are_refused_before_a_checkpoint_is(token_files):
-    how = dict(tokens=token_files, block_size=4, tokenizer="char", vocabulary="aab")
+    how = dict(token_files=token_files, block_size=4, tokenizer="char", vocabulary="aab")
     with pytest.raises(ValueError, match="data.vocab_size=300, and data.vocabulary has 2 tokens"):
         TextDataModule(**how, vocab_size=300)
 
@@ -441,7 +441,7 @@ def test_an_average_starts_from_the_weights_and_ends_when_a_run_goes_on(run, tmp
     main(["fit", f"--ckpt_path={last}", *with_ema, *more])
     (averaged,) = (tmp_path / "a").rglob("last.ckpt")
     weights, first = read_checkpoint(averaged)["state_dict"], read_checkpoint(last)["state_dict"]
-    assert all(torch.equal(weights[f"{net}.{name[4:]}"], w) for name, w in first.items() for net in ("net", "average"))
+    assert all(torch.equal(weights[f"{net}.{name[4:]}"], w) for name, w in first.items() for net in ("net", "ema_net"))
     capsys.readouterr()
     without = ["--model.ema_decay=0", "--trainer.max_steps=7", f"--trainer.default_root_dir={tmp_path}/b"]
     main(["fit", f"--ckpt_path={averaged}", *without, *more])
@@ -612,7 +612,7 @@ def test_a_crafted_file_is_taken_or_refused_by_each_command(saved, nursery, tmp_
             ["validate", f"--ckpt_path={path}"],
             ["generate", f"--ckpt_path={path}", "--max_new_tokens=2"],
             ["score", f"--ckpt_path={path}", f"--text_file={corpus}"],
-            ["shrink", f"--ckpt_path={path}", "--output=small.ckpt"],
+            ["quantize", f"--ckpt_path={path}", "--output=small.ckpt"],
             ["export", "--to=safetensors", f"--ckpt_path={path}", "--output=x.safetensors"],
         ):
             code = nursery.run(tmp_path, *command)

@@ -195,7 +195,7 @@ def test_the_newest_checkpoint_is_taken(ckpt, tmp_path, monkeypatch):
         (tmp_path / name).mkdir()
         shutil.copy(ckpt, tmp_path / name / "best.ckpt")
         os.utime(tmp_path / name / "best.ckpt", (1000 - age, 1000 - age))
-    assert find_checkpoint("best") == tmp_path / "b" / "best.ckpt"
+    assert find_checkpoint("best") == Path("checkpoints/b/best.ckpt")
 
 
 def test_every_prompt_is_continued(tmp_path, text_file):

@@ -169,7 +169,7 @@ def test_a_checkpoints_vocabulary_serves_a_text_with_fewer_characters_and_line_e
 
 def test_token_files_are_served_as_they_are_and_mapped(token_files):
     train, val = (np.fromfile(path, dtype=np.uint16).astype(np.int64) for path in token_files.split(","))
-    data = TextDataModule(block_size=8, batch_size=4, tokens=token_files, vocab_size=300)
+    data = TextDataModule(block_size=8, batch_size=4, token_files=token_files, vocab_size=300)
     served = torch.cat([window.long()[:, 1:].flatten() for window in SequentialWindows(data.val_tokens, 8, 4)])
     np.testing.assert_array_equal(served, val[1:])
     windows = RandomWindows(data.train_tokens, 8, 4, seed=1).batch(7).long().numpy()
@@ -182,11 +182,11 @@ def test_token_files_are_served_as_they_are_and_mapped(token_files):
     [
         (b"\1\0\2", {}, "has 3 bytes, which are no uint16 numbers"),
         (b"", {}, "has 0 bytes"),
-        (b"\1\0" * 50 + b"\54\1" + b"\1\2", {}, "has the id 300 at token 50, beyond the 300 kinds"),
+        (b"\1\0" * 50 + b"\54\1" + b"\1\2", {}, "has the id 300 at token 50, beyond the vocabulary size 300"),
         (b"\1\0" * 8, {}, "has 8 tokens, too few"),
         (b"\1\0\1\0" * 50, {"token_dtype": "uint32"}, "has the id 65537"),
         (b"\1\0\0\0" * 50, {}, "as if they were uint32: give data.token_dtype"),
-        (b"\1\0" * 50, {"vocab_size": None}, "how many kinds of tokens"),
+        (b"\1\0" * 50, {"vocab_size": None}, "their vocabulary size"),
         (b"\1\0" * 50, {"corpus": "text"}, "data.corpus=text are two texts"),
     ],
 )
@@ -194,7 +194,7 @@ def test_bad_token_files(tmp_path, token_files, content, settings, message):
     (tmp_path / "x.bin").write_bytes(content)
     with pytest.raises(ValueError, match=message):
         both = f"{tmp_path}/x.bin, {token_files.split(',')[1]}"
-        TextDataModule(block_size=8, **{"tokens": both, "vocab_size": 300} | settings)
+        TextDataModule(block_size=8, **{"token_files": both, "vocab_size": 300} | settings)
 
 
 def test_a_vocabulary_size_without_token_files_is_refused():

@@ -9,7 +9,8 @@ import torch
 from conftest import MODERN, T, V, loud
 
 from lightning_gpt.inference.engine import DecodeSession
-from lightning_gpt.inference.triton_step import TritonStep
+from lightning_gpt.inference.sampling import Sampler, SamplingConfig
+from lightning_gpt.inference.triton_step import TritonStep, draw
 from lightning_gpt.model.gpt import GPT, GPTConfig
 
 pytest.importorskip("triton")
@@ -24,11 +25,11 @@ NETS = {
 }
 WAYS = {
     "likeliest": dict(temperature=0),
-    "any": dict(temperature=2.0, penalty=1.5),
+    "any": dict(temperature=2.0, repetition_penalty=1.5),
     "top_k": dict(temperature=2.0, top_k=5),
     "top_p": dict(temperature=2.0, top_p=0.8),
     "min_p": dict(temperature=2.0, min_p=0.6),
-    "all": dict(temperature=3.0, top_k=9, top_p=0.9, min_p=0.1, penalty=1.5),
+    "all": dict(temperature=3.0, top_k=9, top_p=0.9, min_p=0.1, repetition_penalty=1.5),
 }
 
 
@@ -37,31 +38,33 @@ def make(block_size=T, **how):
     return loud(GPT(GPTConfig(V, block_size, **sizes))).float().to(DEVICE)
 
 
-def writer(net, rows, length, steps, penalty=1.0, **how):
-    """A writer that has read prompts, and its decoder."""
+def session(net, rows, length, steps, **sampling):
+    """A session that has read prompts, and its Triton backend."""
     idx = torch.randint(V, (rows, length), generator=torch.Generator().manual_seed(1)).to(DEVICE)
-    how = dict(top_k=None, top_p=None, min_p=None) | how
-    w = DecodeSession(
-        net, idx, [length] * rows, steps, 1, True, penalty, True, torch.Generator(DEVICE).manual_seed(2), how
-    )
-    w.cache.length, w.cache.even = torch.zeros(rows, dtype=torch.long, device=DEVICE), True
-    decoder = TritonStep(w)
-    w.throw_dice()
-    w.begin(*w.context(list(range(rows)), 0))
-    return w, decoder
+    generator = torch.Generator(DEVICE).manual_seed(2)
+    sampler = Sampler(SamplingConfig(**sampling), rows, V, steps, generator, True, idx.device)
+    for row in range(rows):
+        sampler.mark_prompt(row, idx[row])
+    s = DecodeSession(net, idx, [length] * rows, 1, True, sampler)
+    s.cache.length, s.cache.uniform_length = torch.zeros(rows, dtype=torch.long, device=DEVICE), True
+    backend = TritonStep(net, s.cache, rows)
+    sampler.refill_noise(0)
+    s.prefill_and_draw(*s.contexts(s.rows, 0))
+    return s, backend
 
 
 @torch.inference_mode()
-def assert_same_text(net, rows, length, steps, **how):
-    theirs, mine = (writer(net, rows, length, steps + 1, **how) for _ in "12")
+def assert_same_text(net, rows, length, steps, **sampling):
+    (theirs, _), (mine, backend) = (session(net, rows, length, steps + 1, **sampling) for _ in "12")
     for n in range(1, steps + 1):
-        theirs[0].step()
-        mine[1].step()
-        text = torch.cat((mine[0].idx, mine[0].out[:, :n]), 1)
-        torch.testing.assert_close(mine[1].logits, net(text)[:, -1], rtol=1e-4, atol=1e-4)
-    for name in "out", "seen", "token", "count":
-        assert torch.equal(getattr(mine[0], name), getattr(theirs[0], name)), name
-    torch.testing.assert_close(mine[0].logprobs, theirs[0].logprobs, rtol=0, atol=1e-4)
+        theirs.decode()
+        logits = backend.step(mine.sampler.token)
+        text = torch.cat((mine.idx, mine.sampler.ids[:, :n]), 1)
+        torch.testing.assert_close(logits, net(text)[:, -1], rtol=1e-4, atol=1e-4)
+        draw(mine.sampler, logits)
+    for name in "ids", "seen", "token", "count":
+        assert torch.equal(getattr(mine.sampler, name), getattr(theirs.sampler, name)), name
+    torch.testing.assert_close(mine.sampler.logprobs, theirs.sampler.logprobs, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("rows", [1, 3])
@@ -84,10 +87,10 @@ def test_a_long_past_in_slices_and_many_rows_write_the_same_text(rows):
 def test_top_k_with_ties_keeps_exactly_k():
     net = make(n_layer=0)
     net.lm_head.weight.zero_()
-    w, decoder = writer(net, 18, 1, 7, temperature=1.0, top_k=3)
+    s, backend = session(net, 18, 1, 7, temperature=1.0, top_k=3)
     for _ in range(6):
-        decoder.step()
-    assert w.out[:, 1:].unique().numel() == 3
+        draw(s.sampler, backend.step(s.sampler.token))
+    assert s.sampler.ids[:, 1:].unique().numel() == 3
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="kernels can be built here")
@@ -96,11 +99,11 @@ def test_where_kernels_can_not_be_built_the_net_itself_writes_and_that_is_said_o
     code = """
 import conftest, os, torch
 os.environ["TRITON_INTERPRET"] = "0"
-from test_decoding import make, writer
+from test_decoding import make, session
 with torch.inference_mode():
-    w, decoder = writer(make(n_layer=1), 1, 4, 4, temperature=0)
-    assert [w.take(decoder) == w.step for _ in range(2)] == [True, True]
-    print(w.count.item())
+    s, backend = session(make(n_layer=1), 1, 4, 4, temperature=0)
+    assert [s.warm_up(s.triton_decode()) == s.decode for _ in range(2)] == [True, True]
+    print(s.sampler.count.item())
 """
     env = os.environ | {"PYTHONPATH": os.pathsep.join([tests, *sys.path])}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env)

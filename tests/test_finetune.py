@@ -158,7 +158,7 @@ def test_a_checkpoint_that_is_older_than_these_settings_goes_on_and_is_started_f
     for part in "hyper_parameters", "datamodule_hyper_parameters":
         for name in "tokenizer", "on_unknown", "init_from", "freeze_layers":
             saved[part].pop(name, None)
-    saved["config"] = "\n".join(line for line in saved["config"].splitlines() if "unknown:" not in line)
+    saved["config"] = "\n".join(line for line in saved["config"].splitlines() if "on_unknown:" not in line)
     write_checkpoint(saved, last)
     tune(tmp_path, last, play)
     main(["validate", f"--ckpt_path={last}"])

@@ -478,7 +478,7 @@ def test_only_regular_files_are_replaced_and_links_stay(tmp_path, fails, ckpt):
     pytest.importorskip("safetensors")
     os.mkfifo(pipe := tmp_path / "pipe")  # as /dev/null, which this would cost
     for command in (
-        ["shrink", f"--ckpt_path={ckpt}"],
+        ["quantize", f"--ckpt_path={ckpt}"],
         ["import", f"--source=hf:{tmp_path}"],
         ["export", "--to=safetensors", f"--ckpt_path={ckpt}"],
         ["export", "--to=onnx", f"--ckpt_path={ckpt}"],
@@ -489,6 +489,6 @@ def test_only_regular_files_are_replaced_and_links_stay(tmp_path, fails, ckpt):
     assert pipe.is_fifo()
     (tmp_path / "link").symlink_to(tmp_path / "file")
     (tmp_path / "file").write_text("old")
-    main(["shrink", f"--ckpt_path={ckpt}", f"--output={tmp_path}/link"])
+    main(["quantize", f"--ckpt_path={ckpt}", f"--output={tmp_path}/link"])
     main(["export", "--to=safetensors", f"--ckpt_path={tmp_path}/link", f"--output={tmp_path}/link"])
     assert (tmp_path / "link").is_symlink() and (tmp_path / "file").read_bytes()[8:20].startswith(b"{")

@@ -1,4 +1,4 @@
-"""Sampling: the right odds, the same text with a cache and without, only what the vocabulary has."""
+"""Sampling: the right probs, the same text with a cache and without, only what the vocabulary has."""
 
 import itertools
 import math
@@ -10,7 +10,7 @@ from conftest import MODERN, T, V, loud
 from lightning_gpt.data.tokenizers import CharTokenizer
 from lightning_gpt.inference.cpu_step import CPUStep
 from lightning_gpt.inference.engine import generate_ids, stream_ids
-from lightning_gpt.inference.sampling import sample_next
+from lightning_gpt.inference.sampling import SamplingConfig, exponential_noise, sample_next
 from lightning_gpt.model.gpt import GPT, GPTConfig
 from lightning_gpt.model.kv_cache import KVCache
 
@@ -32,16 +32,16 @@ def test_cached_logits_equal_full_logits(any_net, idx):
 
 @pytest.mark.parametrize("context_shift", [1, 5, T])
 @pytest.mark.parametrize("lengths", [[3, 3, 3], [1, 2 * T, T], [T, 7, T + 1]])
-def test_each_prompt_of_a_batch_is_continued_as_if_it_were_alone_and_without_a_cache(any_net, lengths, stride):
+def test_each_prompt_of_a_batch_is_continued_as_if_it_were_alone_and_without_a_cache(any_net, lengths, context_shift):
     prompts = torch.randint(V, (3, max(lengths) + 2), generator=torch.Generator().manual_seed(2))
-    how = {"temperature": 0, "context_shift": stride, "repetition_penalty": 1.3}
+    how = {"temperature": 0, "context_shift": context_shift, "repetition_penalty": 1.3}
     together = generate_ids(any_net, prompts, 2 * T, lengths=lengths, **how)
     for row, prompt, n in zip(together, prompts, lengths, strict=True):
         alone = generate_ids(any_net, prompt[None, :n], 2 * T, use_cache=False, **how)
         assert torch.equal(row[: n + 2 * T], alone[0]) and not row[n + 2 * T :].any()
 
 
-def test_the_context_begins_where_the_stride_says(net, idx):
+def test_the_context_begins_where_context_shift_says(net, idx):
     used = []
     with net.register_forward_hook(lambda net, args, logits: used.append(args[0].size(1))):
         generate_ids(net, idx[:, :3], 2 * T, context_shift=4, use_cache=False)
@@ -83,8 +83,8 @@ def test_recorded_steps_write_what_unrecorded_ones_do(any_net, idx, lengths, dty
 def test_log_probabilities_are_the_nets_own(any_net, idx):
     drawn = list(stream_ids(any_net, idx[:, :3], 6, temperature=2.0, top_k=5, logprobs=True))
     text = torch.cat((idx[:, :3], *(new.ids for new in drawn)), 1)
-    odds = any_net(text)[:, 2:-1].log_softmax(-1).gather(2, text[:, 3:, None])[..., 0]
-    torch.testing.assert_close(torch.cat([new.logprobs for new in drawn], 1), odds.float(), rtol=0, atol=1e-6)
+    probs = any_net(text)[:, 2:-1].log_softmax(-1).gather(2, text[:, 3:, None])[..., 0]
+    torch.testing.assert_close(torch.cat([new.logprobs for new in drawn], 1), probs.float(), rtol=0, atol=1e-6)
 
 
 def test_a_prompt_longer_than_block_size_goes_on_from_its_end(net, idx):
@@ -94,20 +94,24 @@ def test_a_prompt_longer_than_block_size_goes_on_from_its_end(net, idx):
     )
 
 
+def draw(logits, generator, **sampling):
+    return sample_next(logits, SamplingConfig(**sampling), exponential_noise(logits.shape, logits.device, generator))
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
-def test_sampling_has_the_right_odds(temperature):
-    n, dice = 4000, torch.Generator().manual_seed(0)
+def test_sampling_has_the_right_probabilities(temperature):
+    n, generator = 4000, torch.Generator().manual_seed(0)
     logits = torch.tensor([[0.1, 0.2, 0.7]]).log()
-    odds = (logits / temperature).softmax(-1)[0]
+    probs = (logits / temperature).softmax(-1)[0]
     drawn = (
-        torch.cat([sample_next(logits, temperature, generator=dice) for _ in range(n)]).flatten().bincount(minlength=3)
+        torch.cat([draw(logits, generator, temperature=temperature) for _ in range(n)]).flatten().bincount(minlength=3)
         / n
     )
-    assert ((drawn - odds).abs() < 4 * (odds * (1 - odds) / n).sqrt()).all()
+    assert ((drawn - probs).abs() < 4 * (probs * (1 - probs) / n).sqrt()).all()
 
 
 @pytest.mark.parametrize(
-    "how, odds",
+    "how, probs",
     [
         ({}, [0.5, 0.2, 0.2, 0.1]),
         ({"top_k": 2}, [5 / 7, 2 / 7, 0, 0]),
@@ -120,12 +124,12 @@ def test_sampling_has_the_right_odds(temperature):
         ({"min_p": 0.3, "temperature": 2.0}, None),
     ],
 )
-def test_restrictions_leave_the_right_odds(how, odds):
+def test_restrictions_leave_the_right_probabilities(how, probs):
     n, p = 4000, torch.tensor([0.5, 0.2, 0.2, 0.1])
-    odds = torch.tensor(odds) if odds else p.sqrt() / p.sqrt().sum()  # at 2.0 the least likely has 0.45 of the best
-    dice = torch.Generator().manual_seed(0)
-    drawn = sample_next(p.log().expand(n, 4), generator=dice, **how).flatten().bincount(minlength=4) / n
-    assert ((drawn - odds).abs() <= 4 * (odds * (1 - odds) / n).sqrt()).all()
+    probs = torch.tensor(probs) if probs else p.sqrt() / p.sqrt().sum()  # at 2.0 the least likely has 0.45 of the best
+    generator = torch.Generator().manual_seed(0)
+    drawn = draw(p.log().expand(n, 4), generator, **how).flatten().bincount(minlength=4) / n
+    assert ((drawn - probs).abs() <= 4 * (probs * (1 - probs) / n).sqrt()).all()
 
 
 def test_a_repetition_penalty_divides_the_logits_of_what_was_said(net, idx):
@@ -140,13 +144,13 @@ def test_a_repetition_penalty_divides_the_logits_of_what_was_said(net, idx):
 
 
 def test_top_k_with_ties_keeps_exactly_k():
-    dice = torch.Generator().manual_seed(0)
-    assert len({sample_next(torch.zeros(1, 5), top_k=2, generator=dice).item() for _ in range(200)}) == 2
+    generator = torch.Generator().manual_seed(0)
+    assert len({draw(torch.zeros(1, 5), generator, top_k=2).item() for _ in range(200)}) == 2
 
 
 def test_temperature_zero_takes_the_likeliest(net, idx):
     logits = net(idx)[:, -1]
-    assert torch.equal(sample_next(logits, temperature=0)[:, 0], logits.argmax(-1))
+    assert torch.equal(sample_next(logits, SamplingConfig(temperature=0))[:, 0], logits.argmax(-1))
 
 
 @pytest.mark.parametrize(
@@ -155,7 +159,7 @@ def test_temperature_zero_takes_the_likeliest(net, idx):
 )
 def test_senseless_settings_are_refused_by_name(how):
     with pytest.raises(ValueError, match=next(iter(how))):
-        sample_next(torch.zeros(1, 5), **how)
+        SamplingConfig(**how)
 
 
 @pytest.mark.parametrize("how", [{"context_shift": 0}, {"context_shift": T + 1}, {"repetition_penalty": 0.0}])
@@ -182,12 +186,12 @@ def test_text_survives_encoding_and_unknown_characters_are_named():
 @pytest.mark.parametrize("use_cache", [True, False])
 @torch.no_grad()
 def test_each_token_is_drawn_from_what_the_newest_block_size_tokens_say(any_net, idx, use_cache):
-    dice = torch.Generator().manual_seed(0)
-    drawn = list(stream_ids(any_net, idx[:, :3], 2 * T, use_cache=use_cache, generator=dice, logprobs=True))
+    generator = torch.Generator().manual_seed(0)
+    drawn = list(stream_ids(any_net, idx[:, :3], 2 * T, use_cache=use_cache, generator=generator, logprobs=True))
     text = torch.cat((idx[:, :3], *(new.ids for new in drawn)), 1)
     for at, new in enumerate(drawn, start=3):
-        odds = any_net(text[:, max(0, at - T) : at])[:, -1].log_softmax(-1)
-        torch.testing.assert_close(new.logprobs, odds.gather(1, new.ids).float(), rtol=0, atol=1e-6)
+        probs = any_net(text[:, max(0, at - T) : at])[:, -1].log_softmax(-1)
+        torch.testing.assert_close(new.logprobs, probs.gather(1, new.ids).float(), rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("how", [{}, MODERN, {"activation": "swiglu", "n_embd": 18, "n_head": 3}, {"n_layer": 0}])

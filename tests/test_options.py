@@ -24,7 +24,7 @@ from lightning_gpt.training.module import LanguageModel
 SHAPES = "# Chapter 1|#1.txt|###|~|Null|NULL|a null b|1e3|-1|007|0x1F|1_000|.nan|2020-01-01|12:30:45|yes|true|'q'"
 SHAPES += '|"q"|{a: b}|- a|a: b| lead | ||$HOME|&a|*a|!!set|%x|@x|`|? a|\t|---|...|=|<<|-|[a|None|[]|é € 語|a\nb'
 SHAPES = [*SHAPES.split("|"), "|"]
-COMMANDS = {"generate": [], "score": ["--text_file=x"], "shrink": [], "export": ["--to=hf"]}
+COMMANDS = {"generate": [], "score": ["--text_file=x"], "quantize": [], "export": ["--to=hf"]}
 COMMANDS |= {"import": ["--source=x", "--output=x"], "fit": [], "validate": []}
 
 
@@ -129,7 +129,7 @@ def test_an_option_has_its_full_name(fails, command, abbreviation):
     assert f"unrecognized arguments: --{abbreviation}" in fails(command, f"--{abbreviation}", "3")
 
 
-@pytest.mark.parametrize("command", ["generate", "score", "report", "shrink", "import", "export"])
+@pytest.mark.parametrize("command", ["generate", "score", "report", "quantize", "import", "export"])
 def test_an_option_of_a_quick_command_has_its_full_name(fails, command):
     required = COMMANDS.get(command, [])
     assert "unrecognized arguments: --conf" in fails(command, *required, "--conf=x.yaml")

@@ -293,13 +293,13 @@ def test_every_tokenizer_splits_the_text_at_the_same_character(poem, kind):
 
 
 def test_a_token_for_the_unknown_is_learnt_from_what_is_rare(poem):
-    data = TextDataModule(str(poem), 8, unknown="replace")
+    data = TextDataModule(str(poem), 8, on_unknown="replace")
     assert not set("日本語Q:") & set(data.tokenizer.vocabulary) and "\ufffd" in data.tokenizer.vocabulary
     assert "The end\ufffd \ufffd\ufffd\ufffd, and \ufffd\n" in data.tokenizer.decode(data.train_tokens)
 
 
 def test_a_vocabulary_is_extended_behind_its_end(poem):
-    data = TextDataModule(str(poem), 8, vocabulary="zTheQ", unknown="extend")
+    data = TextDataModule(str(poem), 8, vocabulary="zTheQ", on_unknown="extend")
     assert data.tokenizer.vocabulary.startswith("zTheQ") and "日" in data.tokenizer.vocabulary
     with pytest.raises(ValueError, match="lacks: .*日"):
         TextDataModule(str(poem), 8, vocabulary="".join(set(VERSE)))

@@ -493,7 +493,7 @@ def test_a_folder_named_best_is_no_checkpoint(ckpt, tmp_path, monkeypatch):
     shutil.copy(ckpt, tmp_path / "a" / "best.ckpt")
     os.utime(tmp_path / "a" / "best.ckpt", (1000, 1000))
     (tmp_path / "b" / "best.ckpt").mkdir(parents=True)
-    assert find_checkpoint("best") == tmp_path / "a" / "best.ckpt"
+    assert find_checkpoint("best") == Path("checkpoints/a/best.ckpt")
 
 
 def test_weights_that_are_no_numbers_are_not_loaded(ckpt, tmp_path):

@@ -549,7 +549,7 @@ LINES = {
     "test": ["test", "--ckpt_path=last.ckpt"],
     "generate": ["generate", "--ckpt_path=last.ckpt", "--max_new_tokens=20", "--prompt=the"],
     "score": ["score", "--ckpt_path=last.ckpt", "--text_file=cats.txt"],
-    "shrink": ["shrink", "--ckpt_path=last.ckpt"],
+    "quantize": ["quantize", "--ckpt_path=last.ckpt"],
     "export": ["export", "--ckpt_path=last.ckpt", "--to=safetensors"],
     "import": ["import", "--source=nanogpt:last.ckpt", "--output=one.ckpt"],
     "report": ["report", "."],

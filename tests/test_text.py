@@ -156,7 +156,7 @@ def test_score_says_what_validate_says(ckpt, text_file, tmp_path, capsys):
 
 def test_a_shrunk_checkpoint_is_the_same_net_within_half_a_step_and_works_everywhere(ckpt, tmp_path, capsys):
     out = tmp_path / "small.ckpt"
-    main(["shrink", f"--ckpt_path={ckpt}", f"--output={out}"])
+    main(["quantize", f"--ckpt_path={ckpt}", f"--output={out}"])
     assert out.stat().st_size < ckpt.stat().st_size / 3
     (net, tokenizer), (shrunk, same) = load_net(ckpt), load_net(out)
     assert tokenizer.vocabulary == same.vocabulary
@@ -182,7 +182,7 @@ def test_where_nothing_was_trained_the_shipped_net_speaks_and_says_so(tmp_path, 
     with pytest.raises(FileNotFoundError):
         find_or_packaged("last")
     net, tokenizer = load(device="cpu")
-    words = (PACKAGED_CHECKPOINT.parent / "corpus" / "tiny_shakespeare.txt").read_text()
+    words = TINY_SHAKESPEARE.read_text()
     assert score(net, tokenizer, words[-3000:]).nats_per_character < 1.5
 
 

@@ -23,7 +23,7 @@ import torch
 from ..cli.main import run
 from ..cli.parser import Parser
 from ..inference.engine import generate_ids
-from ..inference.sampling import sample_next
+from ..inference.sampling import SamplingConfig, sample_next
 from ..model.gpt import GPT, GPTConfig
 
 MODELS = {
@@ -49,7 +49,7 @@ def time_recomputing(net: GPT, batch_size: int, n: int) -> float:
             for length in lengths:
                 window = text[:, max(0, length - S) : length]
                 last = torch.full((batch_size,), window.size(1) - 1, device=device)
-                new = sample_next(net(window, only=last)[:, 0], **SAMPLING)
+                new = sample_next(net(window, only=last)[:, 0], SamplingConfig(**SAMPLING))
                 torch.cat((text[:, :length], new), 1)
             new.cpu()
             times.append(time.perf_counter() - since)

@@ -115,7 +115,10 @@ class Bench(CLI):
         super().add_arguments_to_parser(parser)
         parser.add_argument("--bench.steps", type=int, default=100, help="Steps to time, after the warm-up.")
         parser.add_argument(
-            "--bench.vocab_size", type=int, default=0, help="Train on random tokens of so many kinds instead of a text."
+            "--bench.vocab_size",
+            type=int,
+            default=0,
+            help="Train on random token ids below this number instead of a text.",
         )
         parser.add_argument("--bench.json", type=bool, default=False, help="Print JSON instead of a table.")
         parser.set_defaults({"trainer.limit_val_batches": 0, "trainer.enable_checkpointing": False})
@@ -140,6 +143,7 @@ class Bench(CLI):
         if ask.vocab_size:
             datamodule.tokenizer = TokenIds(ask.vocab_size)
             datamodule.train_tokens = torch.randint(ask.vocab_size, (10_000_000,), dtype=torch.int32)
+            datamodule.save_hyperparameters({**datamodule.hparams, "vocab_size": ask.vocab_size})
             model = LanguageModel(**{**model.hparams, "vocab_size": ask.vocab_size})
         clock = StepTimer()
         trainer.callbacks.append(clock)

@@ -183,7 +183,7 @@ def check_tokenizer(data: dict, vocab_size: int) -> None:
     ):
         raise ValueError(f"the tokenizer is {short_repr(kind)} with the vocabulary {short_repr(words)}")
     if data.get("on_unknown") not in ("error", "drop", "replace", "extend", None):
-        raise ValueError(f"data.on_unknown is {short_repr(data['unknown'])}")
+        raise ValueError(f"data.on_unknown is {short_repr(data['on_unknown'])}")
     kind = kind or ("ids" if tokens else "char")
     if kind in ("char", "bpe") and words is None:
         raise ValueError(f"the tokenizer is {kind}, without a vocabulary")

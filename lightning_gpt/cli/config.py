@@ -215,6 +215,8 @@ def net_settings(saved: dict) -> dict:
     model, data = saved["hyper_parameters"], saved["datamodule_hyper_parameters"]
     words = {key: data[key] for key in ("tokenizer", "vocabulary", "vocab_size") if key in data}
     words["tokenizer"] = words.get("tokenizer") or ("ids" if data.get("token_files") else "char")
+    if words["tokenizer"] == "char":
+        words.pop("vocab_size", None)  # on_unknown=extend adds characters
     return {"model": {key: value for key, value in model.items() if key in NET_SETTINGS}, "data": words}
 
 

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import lightning as L
 import torch
@@ -18,6 +18,99 @@ from .corpus import TINY_SHAKESPEARE, find_files, read_files, report_changes
 from .token_cache import CACHE_FROM_BYTES, cached_tokens
 from .tokenizers import Tokenizer, build_from_state, build_tokenizer, smallest_dtype
 from .windows import RandomWindows, SequentialWindows, derive_seed, open_token_file
+
+
+class Corpus(NamedTuple):
+    """A text as token ids, split for training and validation."""
+
+    tokenizer: Tokenizer
+    train_tokens: Tensor  # (N,), with name augmentation
+    val_tokens: Tensor
+    text_tokens: Tensor  # the training split without name augmentation
+    length: int | None  # of the text in characters; None for token files
+
+
+def load_token_files(
+    token_files: str,
+    tokenizer: str | None,
+    vocabulary: str | None,
+    on_unknown: str,
+    vocab_size: int | None,
+    token_dtype: str,
+) -> Corpus:
+    """Two files of token ids, memory-mapped; the arguments are those of `TextDataModule`.
+
+    Raises:
+        ValueError: the files and the vocabulary do not fit together. OSError: a file can't be read.
+    """
+    if tokenizer in ("char", "bpe") and vocabulary is None:
+        raise ValueError(f"data.tokenizer={tokenizer} for token files needs the vocabulary that made them")
+    files, size = [file.strip() for file in token_files.split(",")], vocab_size
+    if size is None and tokenizer == "gpt2":
+        size = 50257
+    if len(files) != 2 or not size:
+        raise ValueError(
+            f"data.token_files={','.join(files)} with data.vocab_size={size}: give two files, to train and to "
+            "validate on (train.bin,val.bin), and their vocabulary size (50257 for GPT-2's)"
+        )
+    train_tokens, val_tokens = (open_token_file(file, token_dtype, size) for file in files)
+    state = {"tokenizer": tokenizer or "ids", "vocabulary": vocabulary, "on_unknown": on_unknown}
+    known = build_from_state(state, size)
+    if len(known) != size:
+        raise ValueError(f"data.vocab_size={size}, and data.vocabulary has {len(known)} tokens")
+    return Corpus(known, train_tokens, val_tokens, train_tokens, None)
+
+
+def load_corpus(
+    corpus: str | None,
+    split: tuple[float, float],
+    name_augmentation: int,
+    seed: int,
+    vocabulary: str | None,
+    tokenizer: str | None,
+    on_unknown: str,
+    vocab_size: int | None,
+) -> Corpus:
+    """Text files, split and encoded; the arguments are those of `TextDataModule`, `split` being two shares.
+
+    Raises:
+        ValueError: the text is empty, binary or has unknown characters. OSError: a file can't be read.
+    """
+    if tokenizer == "ids":
+        raise ValueError("data.tokenizer=ids is for token files: give data.token_files=train.bin,val.bin too")
+
+    def bounds(length: int) -> tuple[int, int]:
+        return int(split[0] * length), int(split[1] * length)
+
+    kind, files = tokenizer or "char", [TINY_SHAKESPEARE] if corpus is None else find_files(corpus)
+    keep_returns = "\r" in (vocabulary or "")  # of characters: no other vocabulary has one
+    large = sum(file.stat().st_size for file in files) >= CACHE_FROM_BYTES
+    if large:
+        known, train_tokens, val_tokens, length = cached_tokens(
+            files, bounds, kind, vocabulary, on_unknown, vocab_size, keep_returns
+        )
+        if name_augmentation:
+            print_info(f"data.name_augmentation={name_augmentation} is for small texts; this one goes without")
+    else:
+        notes: Counter[str] = Counter()
+        text = "".join(read_files(files, keep_returns, notes))
+        report_changes(notes)
+        length, (n, stop) = len(text), bounds(len(text))
+        known = build_tokenizer(kind, lambda: [text], lambda: [text[:n]], vocabulary, on_unknown, vocab_size)
+        dtype = smallest_dtype(len(known))
+        train_tokens, val_tokens = (
+            known.encode(part).to(dtype) if part else torch.empty(0, dtype=dtype) for part in (text[:n], text[n:stop])
+        )
+    if corpus is not None and not Path(corpus).expanduser().is_file():  # a folder or a pattern: say which files it is
+        print_info(f"the corpus {corpus[:100]} is {len(files):,} files with {length:,} characters")
+    text_tokens = train_tokens
+    if name_augmentation and not large:
+        augmenter = NameAugmenter(text[:n])
+        copies = "".join(augmenter.copy(derive_seed(seed, k)) for k in range(name_augmentation))
+        copies = copies.translate(dict.fromkeys(map(ord, known.unknown(copies))))  # of invented names
+        if copies:
+            train_tokens = torch.cat((train_tokens, known.encode(copies).to(dtype)))
+    return Corpus(known, train_tokens, val_tokens, text_tokens, length)
 
 
 class TextDataModule(L.LightningDataModule):
@@ -50,8 +143,7 @@ class TextDataModule(L.LightningDataModule):
         ValueError: a text that is empty, binary, too short for one window or has unknown characters.
     """
 
-    vocab_size: int
-    tokenizer: Tokenizer
+    vocab_size: int  # read by the link from data to model
 
     def __init__(
         self,
@@ -76,79 +168,27 @@ class TextDataModule(L.LightningDataModule):
             )
         if batch_size < 1:
             raise ValueError(f"data.batch_size={batch_size} must be at least 1")
-        if token_files:
-            if tokenizer in ("char", "bpe") and vocabulary is None:
-                raise ValueError(f"data.tokenizer={tokenizer} for token files needs the vocabulary that made them")
-            kinds = vocab_size or (50257 if tokenizer == "gpt2" else None)
-            if corpus is not None:
-                raise ValueError(
-                    f"data.token_files={token_files} and data.corpus={corpus} are two texts: give null for one"
-                )
-            self.take_tokens([file.strip() for file in token_files.split(",")], kinds, token_dtype)
-            plain = {"tokenizer": tokenizer or "ids", "vocabulary": vocabulary, "on_unknown": on_unknown}
-            self.tokenizer = build_from_state(plain, kinds)
-            if len(self.tokenizer) != kinds:
-                raise ValueError(f"data.vocab_size={kinds}, and data.vocabulary has {len(self.tokenizer)} tokens")
-            if vocabulary is not None:
-                vocabulary = "".join(self.tokenizer.vocabulary)  # each of them once
-            self.save_hyperparameters()
-            self.refuse_short(block_size, None, (start, end))
-            return
-        if tokenizer == "ids":
-            raise ValueError("data.tokenizer=ids is for token files: give data.token_files=train.bin,val.bin too")
-
-        def bounds(length: int) -> tuple[int, int]:
-            return int(start * length), int(end * length)
-
-        kind, files = tokenizer or "char", [TINY_SHAKESPEARE] if corpus is None else find_files(corpus)
-        keep_returns = "\r" in (vocabulary or "")  # of characters: no other vocabulary has one
-        large = sum(file.stat().st_size for file in files) >= CACHE_FROM_BYTES
-        if large:
-            self.tokenizer, self.train_tokens, self.val_tokens, length = cached_tokens(
-                files, bounds, kind, vocabulary, on_unknown, vocab_size, keep_returns
-            )
-            if name_augmentation:
-                print_info(f"data.name_augmentation={name_augmentation} is for small texts; this one goes without")
-        else:
-            notes: Counter[str] = Counter()
-            text = "".join(read_files(files, keep_returns, notes))
-            report_changes(notes)
-            length, (n, stop) = len(text), bounds(len(text))
-            self.tokenizer = build_tokenizer(
-                kind, lambda: [text], lambda: [text[:n]], vocabulary, on_unknown, vocab_size
-            )
-            smallest = smallest_dtype(len(self.tokenizer))
-            self.train_tokens, self.val_tokens = (
-                self.tokenizer.encode(piece).to(smallest) if piece else torch.empty(0, dtype=smallest)
-                for piece in (text[:n], text[n:stop])
-            )
-        if corpus is not None and not Path(corpus).expanduser().is_file():  # else which files these are is no question
-            print_info(f"the corpus {corpus[:100]} is {len(files):,} files with {length:,} characters")
-        # plain values: they make the checkpoint's tokenizer and data settings
-        vocabulary = "".join(self.tokenizer.vocabulary)
-        self.vocab_size = len(self.tokenizer)
-        self.save_hyperparameters()
-        self.text_tokens = self.train_tokens  # without the copies below
-        self.refuse_short(block_size, length, (start, end))
-        if name_augmentation and not large:
-            play = NameAugmenter(text[:n])
-            copies = "".join(play.copy(derive_seed(seed, k)) for k in range(name_augmentation))
-            copies = copies.translate(dict.fromkeys(map(ord, self.tokenizer.unknown(copies))))  # of invented names
-            self.train_tokens = torch.cat((self.train_tokens, self.tokenizer.encode(copies).to(smallest)))
-
-    def take_tokens(self, files: list[str], kinds: int | None, token_dtype: str) -> None:
-        if len(files) != 2 or not kinds:
+        if token_files and corpus is not None:
             raise ValueError(
-                f"data.token_files={','.join(files)} with data.vocab_size={kinds}: give two files, to train and to "
-                "validate on (train.bin,val.bin), and how many kinds of tokens they have (50257 for GPT-2's)"
+                f"data.token_files={token_files} and data.corpus={corpus} are two texts: give null for one"
             )
-        self.vocab_size = kinds
-        self.train_tokens, self.val_tokens = (open_token_file(file, token_dtype, kinds) for file in files)
-        self.text_tokens = self.train_tokens
+        if token_files:
+            loaded = load_token_files(token_files, tokenizer, vocabulary, on_unknown, vocab_size, token_dtype)
+        else:
+            loaded = load_corpus(
+                corpus, (start, end), name_augmentation, seed, vocabulary, tokenizer, on_unknown, vocab_size
+            )
+        self.tokenizer, self.train_tokens, self.val_tokens, self.text_tokens, length = loaded
+        vocab_size = self.vocab_size = len(self.tokenizer)
+        # plain values that describe the tokenizer: the hyper-parameters go into every checkpoint
+        if vocabulary is not None or not token_files:
+            vocabulary = "".join(self.tokenizer.vocabulary)
+        self.save_hyperparameters()
+        self.refuse_short(block_size, length, (start, end))
 
     def refuse_short(self, block_size: int, length: int | None, shares: tuple[float, float]) -> None:
         """Raises ValueError if a split has no window; `length` is the text's in characters, if there is a text."""
-        parts = {"training": len(self.train_tokens), "validation": len(self.val_tokens)}
+        parts = {"training": len(self.text_tokens), "validation": len(self.val_tokens)}
         for name, tokens in parts.items():
             if tokens > block_size:
                 continue

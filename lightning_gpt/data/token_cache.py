@@ -72,13 +72,13 @@ def cached_tokens(
     # the time of modification may be set back, as cp -p and rsync do; that of the change of it may not
     stat = [(str(file.resolve()), now.st_size, now.st_mtime_ns, now.st_ctime_ns) for file, now in facts]
 
-    def named(vocabulary: str | None, on_unknown: str) -> Path:
+    def named(vocabulary: str | None, on_unknown: str, size: int | None) -> Path:
         asked = json.dumps([2, stat, bounds(10**12), kind, vocabulary, on_unknown, size, keep_returns])
         return folder / f"{hashlib.sha256(asked.encode()).hexdigest()[:24]}.json"
 
     with cache_lock(folder):
         with suppress(OSError, ValueError, KeyError):
-            told = json.loads(named(vocabulary, on_unknown).read_text(encoding="utf-8"))
+            told = json.loads(named(vocabulary, on_unknown, size).read_text(encoding="utf-8"))
             if (folder / told["file"]).stat().st_size == told["bytes"]:
                 return open_cache(folder, told)
         megabytes = sum(now.st_size for _, now in facts) / 1e6
@@ -98,7 +98,7 @@ def cached_tokens(
 
         tokenizer = build_tokenizer(kind, text, training_text, vocabulary, on_unknown, size)
         resolved, policy = "".join(tokenizer.vocabulary), getattr(tokenizer, "on_unknown", on_unknown)
-        target = named(resolved, policy).with_suffix(".tokens")
+        target = named(resolved, policy, len(tokenizer)).with_suffix(".tokens")
         dtype = np.dtype(np.uint8 if len(tokenizer) <= 2**8 else np.uint16 if len(tokenizer) <= 2**16 else np.uint32)
         draft, counts = target.with_suffix(f".{os.getpid()}"), []
         try:
@@ -122,10 +122,8 @@ def cached_tokens(
         told = {"file": target.name, "bytes": target.stat().st_size, "type": dtype.name, "parts": counts}
         told |= {"characters": length, "size": len(tokenizer)}
         told |= {"tokenizer": kind, "vocabulary": resolved, "on_unknown": policy}
-        for path in {
-            named(vocabulary, on_unknown),
-            named(resolved, policy),
-        }:  # a checkpoint will ask with the vocabulary
+        # a checkpoint asks with the vocabulary and its size
+        for path in {named(vocabulary, on_unknown, size), named(resolved, policy, len(tokenizer))}:
             draft = path.with_suffix(f".{os.getpid()}")
             draft.write_text(json.dumps(told), encoding="utf-8")
             os.replace(draft, path)

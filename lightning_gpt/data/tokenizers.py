@@ -369,7 +369,7 @@ class TokenIds:
     """Ids written as numbers, "464 3290 ", for files of tokens whose tokenizer is elsewhere."""
 
     vocabulary = ("0",)  # what to begin with where nothing else is said
-    characters = None  # nobody knows what they stand for
+    chars_per_token = None  # unknown
 
     def __init__(self, size: int):
         self.size = size
@@ -461,20 +461,22 @@ def build_tokenizer(
                     f"the training text has pairs for {found:,} ids; the others of vocab_size={size:,} mean nothing"
                 )
         return BPETokenizer(vocabulary, size)
-    if size:
-        raise ValueError(
-            f"data.vocab_size={size} is for token files, bpe and padding: characters are as many as they are"
-        )
     if vocabulary is None:
         # a token for the unknown is learnt only if something in the training text is unknown
         vocabulary = distinct_characters(training_text(), 2) if on_unknown == "replace" else distinct_characters(text())
     elif on_unknown == "extend":
         vocabulary += distinct_characters(text())
-    return CharTokenizer(vocabulary, "error" if on_unknown == "extend" else on_unknown)
+    known = CharTokenizer(vocabulary, "error" if on_unknown == "extend" else on_unknown)
+    if size not in (None, len(known)):
+        raise ValueError(
+            f"data.vocab_size={size} is for token files, bpe and padding: this text's characters are {len(known)}, so "
+            "leave it out"
+        )
+    return known
 
 
-def smallest_dtype(kinds: int) -> torch.dtype:
-    return torch.uint8 if kinds <= 2**8 else torch.int16 if kinds <= 2**15 else torch.int32
+def smallest_dtype(vocab_size: int) -> torch.dtype:
+    return torch.uint8 if vocab_size <= 2**8 else torch.int16 if vocab_size <= 2**15 else torch.int32
 
 
 TOKENIZER_TYPES = {

@@ -17,7 +17,7 @@ def derive_seed(*parts: int) -> int:
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest())
 
 
-def open_token_file(path: str, token_dtype: str, kinds: int) -> Tensor:
+def open_token_file(path: str, token_dtype: str, vocab_size: int) -> Tensor:
     """The token ids of a file, one number after the other (nanoGPT's train.bin), mapped into memory and not read.
 
     Raises:
@@ -34,11 +34,11 @@ def open_token_file(path: str, token_dtype: str, kinds: int) -> Tensor:
     with open(path, "rb") as file:  # a look at each, a part at a time and not through the map, whose pages would stay
         for at in range(0, size // width, 2**22):
             ids = np.fromfile(file, dtype=token_dtype, count=2**22)
-            if ids.max() >= kinds:
-                first = int(np.argmax(ids >= kinds))
+            if ids.max() >= vocab_size:
+                first = int(np.argmax(ids >= vocab_size))
                 raise ValueError(
-                    f"the token file {path} has the id {ids[first]} at token {at + first:,}, beyond the {kinds} kinds "
-                    f"there are: give a larger data.vocab_size, or data.token_dtype if they are not {token_dtype}"
+                    f"the token file {path} has the id {ids[first]} at token {at + first:,}, beyond the vocabulary size "
+                    f"{vocab_size}: give a larger data.vocab_size, or data.token_dtype if they are not {token_dtype}"
                 )
             if width == 2 and len(ids) > 1 and ids[::2].any() and not ids[1::2].any():
                 raise ValueError(

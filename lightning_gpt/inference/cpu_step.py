@@ -1,9 +1,9 @@
-"""A GPT reading one token a row on a CPU, in few calls.
+"""One decode step of a GPT on a CPU, in few calls.
 
-At one token a small net's arithmetic takes less time than Python and PyTorch take to ask for it: module after module,
-views, dropout that does nothing. The maths is model.py's.
+At one token per row a small net's arithmetic takes less time than Python and PyTorch need to dispatch it: module calls,
+views, dropout that does nothing. The maths is gpt.py's.
 
-Shapes   B rows · C channels · H heads · D channels of a head · S places in the cache
+Shapes   B rows · C channels · H heads · D channels of a head · S positions in the cache
 """
 
 from collections.abc import Callable
@@ -24,13 +24,13 @@ def functional_norm(module: Any) -> Callable[[Tensor], Tensor]:
         shape, weight, bias, eps = list(module.normalized_shape), module.weight, module.bias, module.eps
         return lambda x: F.layer_norm(x, shape, weight, bias, eps)
     if isinstance(module, nn.RMSNorm):
-        size, small = list(module.normalized_shape), module.eps
-        return lambda x: F.rms_norm(x, size, None, small)
+        size, epsilon = list(module.normalized_shape), module.eps
+        return lambda x: F.rms_norm(x, size, None, epsilon)
     return module
 
 
 class CPUStep:
-    """`net(token, cache)[:, -1]` where every row has read as many tokens, in half the time for a small net."""
+    """What EagerStep computes, for rows of one length, in half the time for a small net."""
 
     def __init__(self, net: GPT, cache: "KVCache"):
         c = net.config
@@ -46,14 +46,15 @@ class CPUStep:
             cos, sin = net.rope
             self.cos, self.sin = torch.cat((cos, cos), -1), torch.cat((sin, -sin), -1)
 
-    def __call__(self, token: Tensor) -> Tensor:
-        net, c, cache, at, D = self.net, self.net.config, self.cache, self.cache.length, self.D
-        assert isinstance(at, int)
-        x = F.embedding(token[:, 0], net.wte.weight)  # (B, C)
+    def step(self, token_ids: Tensor) -> Tensor:
+        """Logits (B, V) after the newest token of every row, token_ids (B, 1); they join the cache."""
+        net, c, cache, pos, D = self.net, self.net.config, self.cache, self.cache.length, self.D
+        assert isinstance(pos, int)
+        x = F.embedding(token_ids[:, 0], net.wte.weight)  # (B, C)
         if c.position == "learned":
-            x = x + net.wpe.weight[at]
+            x = x + net.wpe.weight[pos]
         if c.ngram_max > 1:
-            x = x + net.ngram_embeddings(token, cache)[:, 0]
+            x = x + net.ngram_embeddings(token_ids, cache)[:, 0]
         x = self.ln_e(x)
         for block, layer in zip(self.blocks, cache.layers, strict=True):
             assert layer.k is not None and layer.v is not None
@@ -63,11 +64,11 @@ class CPUStep:
             if c.qk_norm:
                 qk = F.rms_norm(qk, (D,), None, 1e-6)
             if c.position == "rope":
-                qk = torch.addcmul(qk * self.cos[at], qk.roll(D // 2, -1), self.sin[at]).type_as(x)
-            layer.k[:, :, at], layer.v[:, :, at] = qk[:, 1], v
-            keys, values = layer.k[:, :, : at + 1], layer.v[:, :, : at + 1]
+                qk = torch.addcmul(qk * self.cos[pos], qk.roll(D // 2, -1), self.sin[pos]).type_as(x)
+            layer.k[:, :, pos], layer.v[:, :, pos] = qk[:, 1], v
+            keys, values = layer.k[:, :, : pos + 1], layer.v[:, :, : pos + 1]
             y = F.scaled_dot_product_attention(qk[:, 0, :, None], keys, values)  # (B, H, 1, D)
             x = x + F.linear(y.flatten(1), out_w, out_b)
             x = x + F.linear(activate(F.linear(ln_2(x), fc_w, fc_b), c.activation), proj_w, proj_b)
-        cache.length = at + 1
+        cache.length = pos + 1
         return net.logits(x)

@@ -224,8 +224,8 @@ class GPT(nn.Module):
         n = self.config.ngram_max
         ids = F.pad(idx, (n - 1, 0), value=-1)  # -1: nothing there
         if cache is not None:
-            ids = torch.cat((cache.tail_before(idx, n), idx), 1)
-            cache.tail.copy_(ids[:, ids.size(1) - n + 1 :])
+            ids = torch.cat((cache.tokens_before(idx, n), idx), 1)
+            cache.last_tokens.copy_(ids[:, ids.size(1) - n + 1 :])
         key, keys = idx, []
         for k in range(1, n):
             earlier = ids[:, n - 1 - k : ids.size(1) - k]  # the token k places before
@@ -278,7 +278,7 @@ class GPT(nn.Module):
         if torch.is_autocast_enabled(x.device.type):  # the residual stream too, or every sum would be float32
             x = x.to(torch.get_autocast_dtype(x.device.type))
         x = F.dropout(self.ln_e(x), self.config.dropout, self.training)
-        layers = [None] * len(self.h) if cache is None else cache.open(idx, len(self.h))
+        layers = [None] * len(self.h) if cache is None else cache.prepare(idx, len(self.h))
         for block, layer in zip(self.h, layers, strict=True):
             x = block(x, rope, layer)
         if cache is not None:

@@ -1,6 +1,6 @@
-"""Keys and values of the tokens that a net has read. Torch only.
+"""Keys and values of the tokens that a net has read.
 
-Shapes   B batch · T time (tokens) · H heads · S places in the cache · D channels of a head
+Shapes   B batch · T time (tokens) · H heads · S positions in the cache · D channels of a head
 """
 
 import torch
@@ -15,28 +15,27 @@ class LayerCache:
         self.k: Tensor | None = None
         self.v: Tensor | None = None
 
-    def make(self, like: Tensor, B: int, H: int, D: int) -> None:
-        """Room for as many tokens as the cache may get."""
+    def allocate(self, like: Tensor, B: int, H: int, D: int) -> None:
         self.k, self.v = (like.new_zeros(B, H, self.cache.size, D) for _ in "kv")
 
     def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """All keys and values that these T may look at, these (B, H, T, D) included, and the mask if one is needed."""
+        """Append keys and values (B, H, T, D); returns all of them, and the attention mask where one is needed."""
         cache, (B, H, T, D) = self.cache, k.shape
         if self.k is None:
-            self.make(k, B, H, D)
+            self.allocate(k, B, H, D)
         assert self.k is not None and self.v is not None
         if isinstance(past := cache.length, int):
             self.k[:, :, past : past + T] = k
             self.v[:, :, past : past + T] = v
             return self.k[:, :, : past + T], self.v[:, :, : past + T], cache.mask
-        if cache.even:
-            self.k.index_copy_(2, cache.at[0], k)
-            self.v.index_copy_(2, cache.at[0], v)
+        if cache.uniform_length:
+            self.k.index_copy_(2, cache.pos[0], k)
+            self.v.index_copy_(2, cache.pos[0], v)
         else:
-            self.k[cache.rows, :, cache.at] = k.transpose(1, 2)
-            self.v[cache.rows, :, cache.at] = v.transpose(1, 2)
+            self.k[cache.rows, :, cache.pos] = k.transpose(1, 2)
+            self.v[cache.rows, :, cache.pos] = v.transpose(1, 2)
         assert cache.mask is not None
-        if cache.mask.dtype == torch.bool:  # else each layer would turn it into numbers again
+        if cache.mask.dtype == torch.bool:  # converted once here, or each layer would do it again
             cache.mask = torch.zeros_like(cache.mask, dtype=k.dtype).masked_fill(~cache.mask, -torch.inf)
         return self.k, self.v, cache.mask
 
@@ -44,43 +43,47 @@ class LayerCache:
 class KVCache:
     """Keys and values of the tokens that a net has read, so that each is computed once; an argument of `GPT.forward`.
 
-    Its tensors have room for `size` tokens from the start and stay where they are, so that a CUDA graph may use them.
-    `length` says how many tokens are in: one number where all rows are equally long, and a tensor (B,) where they are
-    not; then a row sees its own past only, whatever stands behind it. `even` promises that a tensor's are all the same.
+    The tensors are allocated for `size` tokens and never move, so a CUDA graph may use them. `length` is the number of
+    tokens in the cache: an int where all rows have the same, or a tensor (B,). With a tensor the whole cache takes part
+    in attention, under a mask; with an int only its first `length` positions do. `uniform_length` promises that the
+    entries of a tensor are equal.
     """
 
-    tail: Tensor  # the last token ids (B, n - 1), for a net with n-grams
-    mask: Tensor | None  # which places the tokens being read may look at, (T, S) or (B, 1, T, S)
+    last_tokens: Tensor  # token ids (B, n - 1), for a net with n-gram embeddings
+    mask: Tensor | None  # which positions the new tokens attend to, (T, S) or (B, 1, T, S)
     rows: Tensor
-    at: Tensor
+    pos: Tensor  # of the new tokens, (B, T)
 
     def __init__(self, size: int) -> None:
-        self.size, self.even, self.layers = size, False, list[LayerCache]()
+        self.size, self.uniform_length, self.layers = size, False, list[LayerCache]()
         self.length: int | Tensor = 0
 
-    def open(self, idx: Tensor, n_layer: int) -> list[LayerCache]:
-        """The layers, ready for the tokens idx (B, T)."""
+    def layers_for(self, n_layer: int) -> list[LayerCache]:
         if not self.layers:
             self.layers = [LayerCache(self) for _ in range(n_layer)]
+        return self.layers
+
+    def prepare(self, idx: Tensor, n_layer: int) -> list[LayerCache]:
+        """The layers, with positions and mask for the new tokens idx (B, T)."""
         T, device, self.mask = idx.size(1), idx.device, None
         if isinstance(self.length, Tensor):
             self.rows = torch.arange(len(idx), device=device)[:, None]
-            self.at = self.length[:, None] + torch.arange(T, device=device)  # (B, T)
-            self.mask = (torch.arange(self.size, device=device) <= self.at[..., None])[:, None]
+            self.pos = self.length[:, None] + torch.arange(T, device=device)  # (B, T)
+            self.mask = (torch.arange(self.size, device=device) <= self.pos[..., None])[:, None]
         elif self.length and T > 1:
-            places = torch.arange(self.length + T, device=device)
-            self.mask = places <= places[self.length :, None]
-        return self.layers
+            pos = torch.arange(self.length + T, device=device)
+            self.mask = pos <= pos[self.length :, None]
+        return self.layers_for(n_layer)
 
-    def tail_before(self, idx: Tensor, n: int) -> Tensor:
-        """The n - 1 tokens before idx (B, T), -1 where nothing is."""
-        if not hasattr(self, "tail"):
-            self.tail = idx.new_empty(len(idx), n - 1)
+    def tokens_before(self, idx: Tensor, n: int) -> Tensor:
+        """The n - 1 tokens before idx (B, T), -1 where the text has not begun."""
+        if not hasattr(self, "last_tokens"):
+            self.last_tokens = idx.new_empty(len(idx), n - 1)
         if isinstance(self.length, int) and not self.length:
-            self.tail.fill_(-1)
-        return self.tail
+            self.last_tokens.fill_(-1)
+        return self.last_tokens
 
-    def take(self, rows: Tensor, other: "KVCache") -> None:
+    def copy_rows(self, rows: Tensor, other: "KVCache") -> None:
         """Replace these rows by those of another cache."""
         for mine, new in zip(self.layers, other.layers, strict=True):
             assert mine.k is not None and mine.v is not None and new.k is not None and new.v is not None

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..data.ngram_index import NgramIndex
 from ..data.tokenizers import CharTokenizer, Tokenizer
 from ..inference.engine import generate_ids
-from ..inference.sampling import check_sampling
+from ..inference.sampling import SamplingConfig
 from .module import LanguageModel
 from .strategies import FSDP2Strategy
 
@@ -46,7 +46,7 @@ class SampleText(L.Callback):
     ):
         if length < 0 or console_length < 0:
             raise ValueError(f"sample.length={length} and sample.console_length={console_length} must be 0 or more")
-        check_sampling(temperature, top_k)
+        SamplingConfig(temperature, top_k)  # raises ValueError
         self.prompts, self.length, self.console_length, self.seed = prompts, length, console_length, seed
         self.how = {"temperature": temperature, "top_k": top_k}
         self.copies: NgramIndex | None = None
