@@ -85,12 +85,12 @@ def moments(saved):
 @pytest.mark.parametrize(
     "processes, strategy, settings",
     [
-        pytest.param(2, "ddp_flat", ADAMW, id="2 replicas, adamw"),
-        pytest.param(3, "ddp_flat", MUON, id="3 replicas, muon"),
-        pytest.param(2, "fsdp2", ADAMW, id="2 shards"),
-        pytest.param(4, "ddp_flat", ADAMW, id="4 replicas, adamw", marks=pytest.mark.slow),
-        pytest.param(4, "ddp_flat", MUON, id="4 replicas, muon", marks=pytest.mark.slow),
-        pytest.param(3, "fsdp2", ADAMW, id="3 shards", marks=pytest.mark.slow),
+        pytest.param(2, "ddp_flat", ADAMW, id="2 ddp_flat, adamw"),
+        pytest.param(3, "ddp_flat", MUON, id="3 ddp_flat, muon"),
+        pytest.param(2, "fsdp2", ADAMW, id="2 fsdp2"),
+        pytest.param(4, "ddp_flat", ADAMW, id="4 ddp_flat, adamw", marks=pytest.mark.slow),
+        pytest.param(4, "ddp_flat", MUON, id="4 ddp_flat, muon", marks=pytest.mark.slow),
+        pytest.param(3, "fsdp2", ADAMW, id="3 fsdp2", marks=pytest.mark.slow),
     ],
 )
 def test_several_processes_train_as_one(fit, processes, strategy, settings):
@@ -108,9 +108,9 @@ def logged(run):
 @pytest.mark.parametrize(
     "ways",
     [
-        pytest.param(["1 auto", "2 replicas"], marks=pytest.mark.slow),
-        ["3 replicas", "2 shards"],
-        pytest.param(["2 shards", "3 replicas"], marks=pytest.mark.slow),
+        pytest.param(["1 auto", "2 ddp_flat"], marks=pytest.mark.slow),
+        ["3 ddp_flat", "2 fsdp2"],
+        pytest.param(["2 fsdp2", "3 ddp_flat"], marks=pytest.mark.slow),
     ],
     ids=", ".join,
 )
@@ -129,7 +129,7 @@ def test_any_number_of_processes_goes_on_where_others_stopped(fit, tmp_path, way
         assert curve == [(step, pytest.approx(value, rel=1e-5, abs=1e-6)) for step, value in one[tag]], tag
 
 
-def test_what_shards_saved_is_a_net_like_any_other(fit, nursery, tmp_path):
+def test_what_fsdp2_saved_is_a_net_like_any_other(fit, nursery, tmp_path):
     val_loss = fit("run", *ADAMW, "--trainer.strategy=fsdp2", "--trainer.max_steps=2", processes=2)["val_loss"]
     assert nursery.run(tmp_path / "run", "generate", "--prompt", "the", "--max_new_tokens", "5") == 0
     assert "\nthe" in nursery.log.read_text()

@@ -195,13 +195,13 @@ def test_each_token_is_drawn_from_what_the_newest_block_size_tokens_say(any_net,
 
 
 @pytest.mark.parametrize("how", [{}, MODERN, {"activation": "swiglu", "n_embd": 18, "n_head": 3}, {"n_layer": 0}])
-def test_a_lean_step_says_what_the_net_says(idx, how):
+def test_the_cpu_step_computes_the_nets_logits(idx, how):
     net = loud(GPT(GPTConfig(V, T, **{"n_layer": 2, "n_head": 2, "n_embd": 16, "dropout": 0.0} | how)))
     cache, full = KVCache(T), net(idx)
     net(idx[:, :4], cache)
     step = CPUStep(net, cache)
     for t in range(4, T):
-        torch.testing.assert_close(step(idx[:, t : t + 1]), full[:, t], rtol=0, atol=1e-12)
+        torch.testing.assert_close(step.step(idx[:, t : t + 1]), full[:, t], rtol=0, atol=1e-12)
 
 
 def test_generation_has_no_dropout(idx):

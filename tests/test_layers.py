@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import lightning_gpt
+from lightning_gpt.training.lightning_compat import missing_names
 
 ROOT = Path(lightning_gpt.__file__).parent
 LAYERS = "model cuda_graph data checkpoint inference training analysis alignment cli benchmarks".split()
@@ -62,6 +63,19 @@ def test_text_is_generated_without_lightning():
 def test_importing_the_package_imports_neither_torch_nor_lightning():
     code = "import sys, lightning_gpt; sys.exit('torch' in sys.modules or 'lightning' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_every_private_name_of_lightning_and_jsonargparse_exists():
+    """Fails with a newer version that renames one; the message says which."""
+    assert not missing_names(), "\n".join(missing_names())
+
+
+def test_private_names_of_lightning_are_used_in_one_module():
+    names = "_trainer _should_check_val_fx _data_fetcher _batches_that_stepped _result _checkpoint_connector"
+    names = {*names.split(), "_broadcast_sigterm_tensor", "_data_parallel_size", "_start_method"}
+    for path in MODULES:
+        used = {n.attr for n in ast.walk(ast.parse(path.read_text("utf-8"))) if isinstance(n, ast.Attribute)}
+        assert path.name == "lightning_compat.py" or not used & names, f"{path.name} uses {used & names}"
 
 
 def test_the_public_names_are_there():

@@ -534,7 +534,7 @@ USUAL = {
     "callbacks": [*CALLBACKS, *(f"[{one},{two}]" for one, two in itertools.pairwise(CALLBACKS))],
     "logger": "true false TensorBoardLogger CSVLogger WandbLogger MLFlowLogger CometLogger [CSVLogger]".split(),
     "profiler": "simple advanced pytorch xla SimpleProfiler AdvancedProfiler PyTorchProfiler".split(),
-    "strategy": "auto ddp fsdp replicas shards deepspeed ddp_spawn ddp_fork xla single_xla dp ddp_notebook".split(),
+    "strategy": "auto ddp fsdp ddp_flat fsdp2 deepspeed ddp_spawn ddp_fork xla single_xla dp ddp_notebook".split(),
     "accelerator": "cpu auto gpu cuda tpu mps hpu CPUAccelerator".split(),
     "gradient_clip_algorithm": ["norm", "value"],
     "max_time": ["00:00:00:01", "00:00:00:00", "{seconds:1}", "{seconds:-1}", "1:2"],

@@ -17,6 +17,7 @@ from typing import Any, cast
 import lightning as L
 import torch
 from torch import Tensor
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from ..cli.main import run
 from ..cli.train import CLI, train
@@ -60,6 +61,7 @@ def bare_loop(lm: LanguageModel, windows: RandomWindows, device: torch.device, p
     if hp.compile and gpu:
         groups = [group | {"lr": torch.tensor(group["lr"], device=device)} for group in groups]
     optimizer = Muon(groups) if hp.optimizer == "muon" else torch.optim.AdamW(groups, fused=gpu, capturable=gpu)
+    update_average = get_ema_multi_avg_fn(hp.ema_decay)
     autocast = torch.autocast(device.type, torch.bfloat16) if precision == "bf16-mixed" else nullcontext()
     head_loss = features_loss
     if hp.compile:
@@ -75,8 +77,7 @@ def bare_loop(lm: LanguageModel, windows: RandomWindows, device: torch.device, p
         torch.nn.utils.clip_grad_norm_(net.parameters(), clip)
         optimizer.step()
         if average is not None:
-            with torch.no_grad():
-                torch._foreach_lerp_(tuple(average.parameters()), tuple(net.parameters()), 1 - hp.ema_decay)
+            update_average(list(average.parameters()), list(net.parameters()), None)
 
     captured = CapturedStep() if hp.compile and gpu else None
     since = math.nan
@@ -153,7 +154,6 @@ class Bench(CLI):
         if torch.cuda.is_available():  # at most, of this GPU; before the bare loop takes its own
             taken, filled = torch.cuda.max_memory_reserved() / 2**30, torch.cuda.max_memory_allocated() / 2**30
         del model.captured, model.batch  # their memory is for the bare loop now
-        model.recorded_result = None
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         if not trainer.is_global_zero:

@@ -47,10 +47,6 @@ def dispatch(args: list[str]) -> None:
         for name in given:
             parser.add_argument(name, nargs="*", default=[], help="Folders of runs; none is the newest.")
         parser.add_function_arguments(function, skip=set(given))
-        for action in parser._actions:  # a flag may have a name that Python keeps for itself: from_ is --source
-            for flag in [flag for flag in action.option_strings if flag.endswith("_")]:
-                action.option_strings = [flag.rstrip("_")]
-                parser._option_string_actions[flag.rstrip("_")] = action
         options = parser.parse_args(args[1:])
         function(**{key: value for key, value in options.items() if key != "config"})
     elif args[0] not in TRAINING and not args[0].startswith("-"):

@@ -39,8 +39,15 @@ def is_text(action: argparse.Action) -> bool:
     return str in types and all(isinstance(t, type) and issubclass(t, (str, PurePath)) for t in types)
 
 
+def is_flag(action: argparse.Action | None) -> bool:
+    """Whether an option is true or false, or null."""
+    return action is not None and types_of(action) == {bool}
+
+
 class Parser(jsonargparse.ArgumentParser):
     """Takes text to the letter and options by their full names, and says what is wrong in one line.
+
+    Options that are true or false are flags: `--json`, `--no-json`.
 
     jsonargparse reads every value as YAML, where `# 1`, `~` and nothing at all are null. Here only the word `null` is.
     """
@@ -75,8 +82,12 @@ class Parser(jsonargparse.ArgumentParser):
         return options
 
     def _parse_optional(self, arg_string):
+        if arg_string.startswith("--no-") and is_flag(self._option_string_actions.get(f"--{arg_string[5:]}")):
+            arg_string = f"--{arg_string[5:]}=false"
         found = super()._parse_optional(arg_string)
         one = found[0] if isinstance(found, list) and found else found  # a list of one since Python 3.12
+        if one and is_flag(one[0]):
+            one[0].nargs, one[0].const = "?", True  # --json; --json true and --json false work too
         if one and hasattr(one[0], "_typehint") and one[-1] is not None and one[1] not in one[0].option_strings:
             one = *one[:-1], LiteralText(one[-1])  # for an option of a class, whose own parser reads it
             return [one] if isinstance(found, list) else one

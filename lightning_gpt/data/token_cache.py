@@ -8,12 +8,13 @@ import os
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
+from filelock import FileLock
 from torch import Tensor
 from tqdm import tqdm
 
@@ -37,17 +38,6 @@ def cache_dir() -> Path:
     except OSError as error:
         raise OSError(f"tokens of large texts are kept in {folder}, and {error}: set XDG_CACHE_HOME") from None
     return folder
-
-
-@contextmanager
-def cache_lock(folder: Path) -> Iterator[None]:
-    """One process at a time, where the file system can say so; others would do the same work again."""
-    with open(folder / "lock", "wb") as file:
-        with suppress(ImportError, OSError):
-            import fcntl
-
-            fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def cached_tokens(
@@ -76,7 +66,7 @@ def cached_tokens(
         asked = json.dumps([2, stat, bounds(10**12), kind, vocabulary, on_unknown, size, keep_returns])
         return folder / f"{hashlib.sha256(asked.encode()).hexdigest()[:24]}.json"
 
-    with cache_lock(folder):
+    with FileLock(folder / "lock"):  # other processes would do the same work again
         with suppress(OSError, ValueError, KeyError):
             told = json.loads(named(vocabulary, on_unknown, size).read_text(encoding="utf-8"))
             if (folder / told["file"]).stat().st_size == told["bytes"]:
@@ -122,8 +112,9 @@ def cached_tokens(
         told = {"file": target.name, "bytes": target.stat().st_size, "type": dtype.name, "parts": counts}
         told |= {"characters": length, "size": len(tokenizer)}
         told |= {"tokenizer": kind, "vocabulary": resolved, "on_unknown": policy}
-        # a checkpoint asks with the vocabulary and its size
-        for path in {named(vocabulary, on_unknown, size), named(resolved, policy, len(tokenizer))}:
+        asked = {(vocabulary, on_unknown, size), (resolved, policy, size)}
+        asked.add((resolved, policy, len(tokenizer)))  # as a checkpoint asks
+        for path in {named(*names) for names in asked}:
             draft = path.with_suffix(f".{os.getpid()}")
             draft.write_text(json.dumps(told), encoding="utf-8")
             os.replace(draft, path)

@@ -37,8 +37,8 @@ def open_token_file(path: str, token_dtype: str, vocab_size: int) -> Tensor:
             if ids.max() >= vocab_size:
                 first = int(np.argmax(ids >= vocab_size))
                 raise ValueError(
-                    f"the token file {path} has the id {ids[first]} at token {at + first:,}, beyond the vocabulary size "
-                    f"{vocab_size}: give a larger data.vocab_size, or data.token_dtype if they are not {token_dtype}"
+                    f"the token file {path} has the id {ids[first]} at token {at + first:,}, beyond the vocabulary "
+                    f"size {vocab_size}: give a larger data.vocab_size, or data.token_dtype if not {token_dtype}"
                 )
             if width == 2 and len(ids) > 1 and ids[::2].any() and not ids[1::2].any():
                 raise ValueError(

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from ..checkpoint.io import TMP_PREFIX, atomic_write, read_checkpoint, read_verified, write_checkpoint
 from ..errors import is_out_of_memory
+from .lightning_compat import checkpoint_dict, validation_is_due
 from .logger import RunLogger
 from .module import DivergenceError, LanguageModel
 from .strategies import FSDP2Strategy, is_peer_lost
@@ -242,9 +243,9 @@ class CheckpointSaver(Checkpoint):
         endless = trainer.num_training_batches == float("inf")
         batches = step * trainer.accumulate_grad_batches if endless else None
         at_end = loop.batch_progress.total.ready == batches  # and not in a batch of the next step
-        soon = at_end and loop._should_check_val_fx(cast(Any, trainer.fit_loop._data_fetcher))
+        soon = at_end and validation_is_due(trainer)
         due = (trainer.validating or soon) and self.val_step != step
-        saved = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+        saved = checkpoint_dict(trainer)
         set_loop_counters(saved["loops"]["fit_loop"], step, batches, due, trainer.validating)
         for logger in trainer.loggers:
             logger.save()

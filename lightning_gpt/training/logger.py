@@ -123,6 +123,7 @@ class RunLogger(TensorBoardLogger):
     """
 
     folder: Path | None = None
+    opened = False
 
     @property
     def log_dir(self) -> str:
@@ -130,7 +131,8 @@ class RunLogger(TensorBoardLogger):
 
     @property
     def experiment(self) -> SummaryWriter:
-        fresh, writer = self._experiment is None, super().experiment
+        fresh, writer = not self.opened, super().experiment
+        self.opened = True
         if fresh and isinstance(writer, SummaryWriter):
             events = writer._get_file_writer().event_writer
             events._async_writer._writer._writer = BufferedEventFile(events._file_name)

@@ -3,6 +3,7 @@
 import math
 import sys
 from copy import deepcopy
+from functools import partial
 from typing import Any, Literal, cast
 
 import lightning as L
@@ -11,6 +12,7 @@ from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.nn import functional as F
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torchmetrics import MeanMetric, Metric, MetricCollection
 
 from ..checkpoint.io import dequantize
@@ -19,6 +21,7 @@ from ..cuda_graph import CapturedStep
 from ..data.windows import derive_seed
 from ..model.gpt import GPT, GPTConfig
 from ..model.lecture import LectureModel, build_net
+from .lightning_compat import closure_result, set_closure_result, set_logged_steps, trainer_or_none, validation_is_due
 from .metrics import BitsPerCharacter, Perplexity
 from .optim import Muon, adamw_groups, lr_factor, muon_groups
 from .strategies import DDPFlatStrategy, FSDP2Strategy, apply_fsdp, full_tensor
@@ -244,21 +247,17 @@ class LanguageModel(L.LightningModule):
         return lr_factor(step, self.total_steps, hp.warmup_steps, hp.schedule, hp.min_lr_ratio, hp.decay_fraction)
 
     def optimizer_step(self, epoch: int, batch_idx: int, optimizer, optimizer_closure=None) -> None:
-        def step():
-            optimizer.step(closure=optimizer_closure)
-            if self.ema_net is not None:
-                ours, new = tuple(self.ema_net.parameters()), tuple(self.net.parameters())
-                with torch.no_grad():
-                    torch._foreach_lerp_(ours, new, 1 - self.hparams.ema_decay)
+        step = partial(self.take_step, optimizer, optimizer_closure)
+        result = step() if self.captured is None else self.captured(step, self.batch)
+        set_closure_result(optimizer_closure, result)  # a replayed graph does not call the closure
 
-        if self.captured is None:
-            step()
-            return
-        self.captured(step, self.batch)
-        if self.captured.calls == self.captured.warm_up + 1:
-            self.recorded_result = optimizer_closure._result
-        elif self.captured.calls > self.captured.warm_up + 1:
-            optimizer_closure._result = self.recorded_result  # Lightning asks for it, and the closure did not run
+    def take_step(self, optimizer, closure) -> Any:
+        """Forward, backward and update, then the exponential average of the weights; returns the closure's result."""
+        optimizer.step(closure=closure)
+        if self.ema_net is not None:
+            update = get_ema_multi_avg_fn(self.hparams.ema_decay)
+            update(list(self.ema_net.parameters()), list(self.net.parameters()), None)
+        return closure_result(closure)
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
         # by hand, as Lightning 2.6 refuses to clip for a fused optimizer under bf16-mixed
@@ -386,7 +385,7 @@ class LanguageModel(L.LightningModule):
     def on_load_checkpoint(self, saved: dict) -> None:
         dequantize(saved)
         saved["state_dict"] = self.with_ema(saved["state_dict"])
-        if self._trainer and self._trainer.precision == "64-true":
+        if (trainer := trainer_or_none(self)) and trainer.precision == "64-true":
             self.double()  # Lightning does so after it has put the weights in, which would round them
         if loops := saved.get("loops", {}).get("fit_loop"):
             epochs, batches = loops["epoch_progress"], loops["epoch_loop.batch_progress"]
@@ -410,10 +409,10 @@ class LanguageModel(L.LightningModule):
         return weights | {name.replace("net.", "ema_net.", 1): w for name, w in weights.items()}
 
     def configure_model(self) -> None:
-        if self._trainer and isinstance(self._trainer.strategy, FSDP2Strategy):
+        if (trainer := trainer_or_none(self)) and isinstance(trainer.strategy, FSDP2Strategy):
             if self.hparams.lecture_step:
                 raise ValueError(
-                    f"model.lecture_step={self.hparams.lecture_step} is too small to share out: leave shards out"
+                    f"model.lecture_step={self.hparams.lecture_step} is too small to shard: take another strategy"
                 )
             for net in self.net, self.ema_net:
                 if net is not None:
@@ -436,18 +435,17 @@ class LanguageModel(L.LightningModule):
             )
         if self.hparams.optimizer == "muon":
             if isinstance(self.trainer.strategy, FSDP2Strategy):
-                raise ValueError("model.optimizer=muon takes whole matrices, and this strategy shards them: take adamw")
+                raise ValueError("model.optimizer=muon needs whole matrices, and this strategy shards them: take adamw")
             return Muon(self.parameter_groups(), shared=isinstance(self.trainer.strategy, DDPFlatStrategy))
         # one kernel for all parameters; 16-mixed must see the gradients unscaled before they are clipped
         fused = self.device.type == "cuda" and self.trainer.precision != "16-mixed"
         return torch.optim.AdamW(self.parameter_groups(), fused=fused, capturable=fused)
 
     def on_train_start(self) -> None:
-        if (loop := self.trainer.fit_loop.epoch_loop).restarting:
+        if self.trainer.fit_loop.epoch_loop.restarting:
             # where a validation is due, by today's settings, Lightning begins with a turn without a batch, but counts a
             # step for the loggers: the resumed curves would be one off
-            turn = loop._should_check_val_fx(cast(Any, self.trainer.fit_loop._data_fetcher))
-            loop._batches_that_stepped = self.trainer.global_step - turn
+            set_logged_steps(self.trainer, self.trainer.global_step - validation_is_due(self.trainer))
         self.last_step_done = 0  # this net may have been trained before
         self.bad_losses = torch.zeros((), dtype=torch.int64, device=self.device)
         self.compiles = self.hparams.compile

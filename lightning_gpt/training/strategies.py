@@ -10,7 +10,6 @@ from typing import Any, cast
 import lightning as L
 import torch
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, StrategyRegistry
-from lightning.pytorch.strategies.launchers import _MultiProcessingLauncher
 from torch import Tensor
 from torch import distributed as dist
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict, set_optimizer_state_dict
@@ -21,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from .. import STARTED, __version__
 from ..checkpoint.io import read_checkpoint
 from ..model.gpt import GPT
+from .lightning_compat import set_data_parallel_size, skip_sigterm_broadcast, start_method
 
 
 def uses_several_devices(trainer) -> bool:
@@ -81,10 +81,10 @@ def check_world_size(trainer: L.Trainer) -> None:
 
 def check_launcher(trainer: L.Trainer) -> None:
     """Raises ValueError for a strategy whose processes are copies of this one and can't hand back what they did."""
-    if isinstance(trainer.strategy.launcher, _MultiProcessingLauncher):
+    if method := start_method(trainer.strategy):
         raise ValueError(
-            f"trainer.strategy starts its processes by {trainer.strategy.launcher._start_method} from inside this one, "
-            "which leaves this one without the trained weights: take replicas or ddp"
+            f"trainer.strategy starts its processes by {method} from inside this one, "
+            "which leaves this one without the trained weights: take ddp_flat or ddp"
         )
 
 
@@ -116,7 +116,7 @@ class DDPFlatStrategy(DDPStrategy):
 
     def setup(self, trainer: L.Trainer) -> None:
         # Lightning asks all ranks in each step if one got a SIGTERM, and the GPU waits. StopOnSignal asks now and then
-        trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # type: ignore[method-assign]
+        skip_sigterm_broadcast(trainer)
         super().setup(trainer)
 
     def configure_ddp(self) -> None:
@@ -166,7 +166,7 @@ class FSDP2Strategy(ModelParallelStrategy):
 
     def setup_environment(self) -> None:
         die_with_parent()
-        self._data_parallel_size = self.num_nodes * self.num_processes
+        set_data_parallel_size(self, self.num_nodes * self.num_processes)
         super().setup_environment()
         check_versions()
 
