@@ -76,7 +76,7 @@ def test_recorded_steps_write_what_unrecorded_ones_do(any_net, idx, lengths, dty
     net, idx = any_net.to("cuda", dtype), idx.cuda()
     how = {"temperature": 0, "lengths": lengths, "repetition_penalty": 1.2, "context_shift": 5}
     assert torch.equal(
-        generate_ids(net, idx, 3 * T, record=True, **how), generate_ids(net, idx, 3 * T, record=False, **how)
+        generate_ids(net, idx, 3 * T, use_graph=True, **how), generate_ids(net, idx, 3 * T, use_graph=False, **how)
     )
 
 

@@ -36,10 +36,10 @@ from lightning_gpt.checkpoint.io import load_net
 from lightning_gpt.cli.main import main
 from lightning_gpt.data.ngram_index import NgramIndex
 from lightning_gpt.data.tokenizers import CharTokenizer
-from lightning_gpt.model.gpt import GPT, GPTConfig
+from lightning_gpt.model.gpt import GPT, GPTConfig, parameter_role
 from lightning_gpt.training.callbacks import SampleText
 from lightning_gpt.training.module import next_token_loss
-from lightning_gpt.training.monitoring import Throughput, UpdateRatios, layer_name
+from lightning_gpt.training.monitoring import Throughput, UpdateRatios
 
 # --- nothing is changed -----------------------------------------------------------------------------------------------
 
@@ -97,7 +97,7 @@ def test_an_update_ratio_is_the_step_over_the_weights(tmp_path, accumulate):
         assert [step for step, _ in curve] == [1, 3] == [step for step, _ in values["train/loss"]]
         for step, ratio in curve:
             old, new = watch.after[step], watch.after[step + 1]
-            names = [name for name in new if layer_name(name) == layer]
+            names = [name for name in new if parameter_role(name) == layer]
             moved = sum((new[name] - old[name]).square().sum() for name in names)
             assert ratio == pytest.approx(float((moved / sum(new[name].square().sum() for name in names)).sqrt()))
 

@@ -143,11 +143,15 @@ def run_settings(saved: dict, command: str) -> dict:
         del trainer["devices"]  # of a larger machine; here it would start as many processes
     if not {"TORCHELASTIC_RUN_ID", "SLURM_JOB_ID", "NODE_RANK"} & os.environ.keys():
         trainer.pop("num_nodes", None)  # it would wait for the others
-    # what older checkpoints say by silence
+    # what checkpoints without a training run (import, quantize) do not say
     model = {"lecture_step": None, "init_from": None, "freeze_layers": 0} | saved["hyper_parameters"]
-    data = {"tokenizer": None} | saved["datamodule_hyper_parameters"]
-    for part, made_of in (model, LanguageModel), (data, TextDataModule):
-        if unknown := [name for name in part if name not in signature(made_of).parameters]:
+    data = saved["datamodule_hyper_parameters"]
+    known = {
+        "model": NET_SETTINGS | {*signature(LanguageModel).parameters},
+        "data": {*signature(TextDataModule).parameters},
+    }
+    for part, names in (model, known["model"]), (data, known["data"]):
+        if unknown := [name for name in part if name not in names]:
             raise ValueError(f"it has settings that are unknown here: {', '.join(unknown)[:100]}")
     settings: dict[str, Any] = {}
     if command == "fit":

@@ -20,31 +20,47 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """The shape of a GPT; n_layer = 0 is the lecture's bigram, where nothing looks further back than one token.
+    """The shape of a GPT; with n_layer=0 it is the lecture's bigram model.
 
+    Args:
+        vocab_size: number of token ids; comes from the data.
+        block_size: longest context, in tokens.
+        n_layer: number of blocks; 0 is the lecture's bigram.
+        n_head: attention heads of a block.
+        n_embd: width of the residual stream, in channels; divisible by n_head.
+        dropout: probability; on embeddings, attention weights and residual branches.
+        bias: whether linear layers and norms have one; the head never does.
+        tie_embeddings: whether the head shares the token embedding's matrix, as in GPT-2.
+        activation: of the MLP; gelu_tanh is GPT-2's approximation of gelu.
+        position: learned embeddings; or rope, rotations of queries and keys.
+        norm: layernorm, with learned weights; or rmsnorm, without weights, and after the embedding too.
+        qk_norm: whether each head normalizes its queries and keys.
+        logit_softcap: squash logits softly into (-softcap, softcap); 0 leaves them as they are.
+        init: gpt2; or zero, where residual branches and head start at 0, so that the first loss is ln(vocab_size).
+        ngram_max: add hashed embeddings of the last 2 ... ngram_max tokens to the token's; 1 adds none.
+        ngram_buckets: rows of the table of these embeddings; n-grams whose hashes collide share a row.
+        ngram_dropout: probability that a token gets no n-gram embeddings in training.
     Raises:
-        ValueError: sizes that do not fit together, named with the remedy.
+        ValueError: sizes that do not fit together; names the remedy.
     """
 
     vocab_size: int = 65
-    block_size: int = 256  # longest context, in tokens
+    block_size: int = 256
     n_layer: int = 6
     n_head: int = 6
     n_embd: int = 384
-    dropout: float = 0.2  # probability; on embeddings, attention weights and residual branches
-    bias: bool = True  # in linear layers and norms; the head never has one
-    tie_embeddings: bool = False  # one matrix for wte and lm_head, as in GPT-2
-    activation: Literal["gelu", "gelu_tanh", "relu", "relu2", "swiglu"] = "gelu"  # GPT-2's is gelu_tanh
+    dropout: float = 0.2
+    bias: bool = True
+    tie_embeddings: bool = False
+    activation: Literal["gelu", "gelu_tanh", "relu", "relu2", "swiglu"] = "gelu"
     position: Literal["learned", "rope"] = "learned"
-    norm: Literal["layernorm", "rmsnorm"] = "layernorm"  # rms has no weights, and stands after the embedding too
-    qk_norm: bool = False  # rms-normalise queries and keys, each head for itself
-    logit_softcap: float = 0.0  # squash logits softly into (-cap, cap); 0 leaves them as they are
-    init: Literal["gpt2", "zero"] = "gpt2"  # zero: branches and head start at 0, so the first loss is ln V
-    ngram_max: int = (
-        1  # up to so many tokens in a row have an embedding of their own, see `GPT.ngram_embeddings`; 1 has none
-    )
-    ngram_buckets: int = 65536  # of the table that holds them
-    ngram_dropout: float = 0.2  # probability that a token does without; the blocks must not lean on the table
+    norm: Literal["layernorm", "rmsnorm"] = "layernorm"
+    qk_norm: bool = False
+    logit_softcap: float = 0.0
+    init: Literal["gpt2", "zero"] = "gpt2"
+    ngram_max: int = 1
+    ngram_buckets: int = 65536
+    ngram_dropout: float = 0.2
 
     def __post_init__(self):
         for name, least in dict(
@@ -66,6 +82,12 @@ class GPTConfig:
         for name in "dropout", "ngram_dropout":
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} is a probability: 0 or more, and less than 1")
+
+
+def parameter_role(name: str) -> str:
+    """Which part of a net a parameter belongs to, by its name: embeddings, h.0, h.1 ... or head."""
+    part, *rest = name.split(".")
+    return f"h.{rest[0]}" if part == "h" else "embeddings" if part.startswith("w") or part == "ln_e" else "head"
 
 
 def make_norm(config: GPTConfig) -> nn.Module:

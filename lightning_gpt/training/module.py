@@ -3,6 +3,7 @@
 import math
 import sys
 from copy import deepcopy
+from dataclasses import asdict
 from functools import partial
 from typing import Any, Literal, cast
 
@@ -19,7 +20,7 @@ from ..checkpoint.io import dequantize
 from ..checkpoint.transfer import transfer_weights
 from ..cuda_graph import CapturedStep
 from ..data.windows import derive_seed
-from ..model.gpt import GPT, GPTConfig
+from ..model.gpt import GPT, GPTConfig, parameter_role
 from ..model.lecture import LectureModel, build_net
 from .lightning_compat import closure_result, set_closure_result, set_logged_steps, trainer_or_none, validation_is_due
 from .metrics import BitsPerCharacter, Perplexity
@@ -44,83 +45,51 @@ def features_loss(net: GPT, features: Tensor, y: Tensor) -> Tensor:
 
 
 def freeze_lowest(net: GPT, n: int) -> None:
-    """Make the embeddings and the lowest `n` blocks constants, which no gradient has to be computed for; 0: nothing.
+    """Exclude the embeddings and the lowest `n` blocks from training; 0 excludes nothing.
 
     Raises:
-        ValueError: there are not so many blocks.
+        ValueError: there are fewer blocks.
     """
     if not 0 <= n <= len(net.h):
         raise ValueError(f"freeze_layers={n} must be 0 or more, and {len(net.h)} at most, which is n_layer")
+    frozen = {"embeddings", *(f"h.{i}" for i in range(n))} if n else set()
     for name, p in net.named_parameters():
-        if n and (name.startswith("w") or name.startswith("h.") and int(name.split(".")[1]) < n):
+        if parameter_role(name) in frozen:
             p.requires_grad_(False)
 
 
 class DivergenceError(Exception):
-    """The loss is no number any more, and no step after this one would make it one."""
+    """The loss is NaN or infinite; no further step can repair it."""
 
 
 class LanguageModel(L.LightningModule):
-    """A GPT and how it is trained; every argument is a plain value, so a checkpoint describes itself.
+    """A GPT and its training; every argument is a plain value, so a checkpoint describes itself.
 
     Args:
-        vocab_size: number of tokens; comes from the data.
-        block_size: longest context, in tokens.
-        n_layer: number of blocks; 0 is the lecture's bigram.
-        n_head: attention heads of a block.
-        n_embd: width of the residual stream, in channels; divisible by n_head.
-        dropout: probability; on embeddings, attention weights and residual branches.
-        bias: whether linear layers and norms have one.
-        tie_embeddings: whether the head shares the token embedding's matrix, as in GPT-2.
-        activation: of the MLP; gelu_tanh is how GPT-2 computes gelu.
-        position: learned, one vector for each place; or rope, an angle between query and key.
-        norm: layernorm, with learnt weights; or rms, without, and after the embedding too.
-        qk_norm: whether each head normalises its queries and keys.
-        logit_softcap: squash logits softly into (-cap, cap); 0 leaves them as they are.
-        init: gpt2; or zero, where branches and head start at 0.
-        ngram_max: up to so many tokens in a row have an embedding of their own, added to the token's; 1 has none.
-        ngram_buckets: of the table that holds them, which the n-grams share by their hash.
-        ngram_dropout: probability that a token does without them in training.
-        lecture_step: a step of the lecture in place of the GPT, see lecture.py; null is the GPT.
+        lecture_step: a step of the lecture instead of the GPT, see model/lecture.py; null is the GPT.
         optimizer: adamw; or muon for the blocks' matrices with adamw for the rest.
-        learning_rate: AdamW's, at its peak.
-        muon_lr: Muon's, at its peak.
+        learning_rate: of AdamW, at its peak.
+        muon_lr: of Muon, at its peak.
         betas: AdamW's decay rates of the gradient's mean and square.
         weight_decay: on matrices and embeddings; with muon, on the blocks' matrices only.
         warmup_steps: optimizer steps over which the learning rate rises to its peak.
-        schedule: how it falls from there until the last step; wsd waits before it falls.
-        min_lr_ratio: the last learning rate as a share of the peak; 1 keeps it constant.
-        decay_fraction: share of all steps over which wsd falls.
-        ema_decay: keep an exponential average of the weights, so much of which stays at every step; it is what is
-            validated, kept as best and sampled. 0 keeps none.
+        schedule: how the learning rate falls until the last step; wsd keeps the peak first.
+        min_lr_ratio: the last learning rate as a fraction of the peak; 1 keeps it constant.
+        decay_fraction: fraction of all steps over which wsd falls.
+        ema_decay: decay of an exponential moving average of the weights, which is validated, kept as best and sampled;
+            0 keeps none.
         init_from: a checkpoint whose weights to start from, with a new optimizer; best or last is the newest file of
             that name below checkpoints/. It brings sizes and vocabulary. null starts from random weights.
         freeze_layers: number of lowest blocks to freeze, together with the embeddings; with tied embeddings the head
             too.
-        seed: decides the dropout of step k.
+        seed: of the dropout; the masks of step k depend on (seed, rank, k).
         compile: compile the blocks (torch.compile) and, on one GPU, replay the whole step as a CUDA graph: a slow
             start for fast steps. Callbacks' hooks inside a step are then called in its first few only.
+        net: the fields of GPTConfig.
     """
 
     def __init__(
         self,
-        vocab_size: int = GPTConfig.vocab_size,
-        block_size: int = GPTConfig.block_size,
-        n_layer: int = GPTConfig.n_layer,
-        n_head: int = GPTConfig.n_head,
-        n_embd: int = GPTConfig.n_embd,
-        dropout: float = GPTConfig.dropout,
-        bias: bool = GPTConfig.bias,
-        tie_embeddings: bool = GPTConfig.tie_embeddings,
-        activation: Literal["gelu", "gelu_tanh", "relu", "relu2", "swiglu"] = GPTConfig.activation,
-        position: Literal["learned", "rope"] = GPTConfig.position,
-        norm: Literal["layernorm", "rmsnorm"] = GPTConfig.norm,
-        qk_norm: bool = GPTConfig.qk_norm,
-        logit_softcap: float = GPTConfig.logit_softcap,
-        init: Literal["gpt2", "zero"] = GPTConfig.init,
-        ngram_max: int = GPTConfig.ngram_max,
-        ngram_buckets: int = GPTConfig.ngram_buckets,
-        ngram_dropout: float = GPTConfig.ngram_dropout,
         lecture_step: Literal["bigram", "head", "heads", "feedforward", "residual", "layernorm", "gpt"] | None = None,
         optimizer: Literal["adamw", "muon"] = "adamw",
         learning_rate: float = 1e-3,
@@ -136,6 +105,7 @@ class LanguageModel(L.LightningModule):
         freeze_layers: int = 0,
         seed: int = 1337,
         compile: bool = False,
+        **net,
     ):
         super().__init__()
         for name, value in {
@@ -155,6 +125,7 @@ class LanguageModel(L.LightningModule):
         if lecture_step and compile:
             raise ValueError(f"lecture_step={lecture_step} runs as it is written: leave compile=true out")
         self.save_hyperparameters()
+        self.save_hyperparameters(asdict(GPTConfig(**net)))  # with the defaults of what was not given
         self.net = build_net(self.hparams)
         self.ema_net = deepcopy(self.net).requires_grad_(False) if ema_decay else None
         if isinstance(self.net, GPT):

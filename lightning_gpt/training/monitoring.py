@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils.tensorboard.summary import hparams
 
-from ..model.gpt import GPT
+from ..model.gpt import GPT, parameter_role
 from .module import LanguageModel
 from .strategies import FSDP2Strategy
 
@@ -51,12 +51,6 @@ GPU_CHARTS = {
     "share of the GPU's peak": ["Multiline", ["perf/mfu"]],
     "GPU memory, GiB": ["Multiline", ["perf/gpu_memory"]],
 }
-
-
-def layer_name(name: str) -> str:
-    """Where a parameter belongs: embeddings, h.0, h.1 ... or head."""
-    part, *rest = name.split(".")
-    return f"h.{rest[0]}" if part == "h" else "embeddings" if part.startswith("w") or part == "ln_e" else "head"
 
 
 def describe_hardware(lm: LanguageModel) -> str:
@@ -116,7 +110,7 @@ class UpdateRatios(L.Callback):
             return
         sums: dict[str, list[float]] = {}
         for name, moved, size in zip(now, *squares.view(2, -1).tolist(), strict=True):
-            layer = sums.setdefault(layer_name(name), [0.0, 0.0])
+            layer = sums.setdefault(parameter_role(name), [0.0, 0.0])
             layer[0] += moved
             layer[1] += size
         ratios = {f"update_ratio/{layer}": (moved / (size or 1.0)) ** 0.5 for layer, (moved, size) in sums.items()}
@@ -192,7 +186,9 @@ def peak_flops(device: torch.device) -> float | None:
 
 def flops_per_token(net: GPT) -> float:
     """Of forward and backward: PaLM (Chowdhery et al. 2022), appendix B."""
-    matrices = sum(p.numel() for name, p in net.named_parameters() if p.dim() == 2 and not name.startswith("w"))
+    matrices = sum(
+        p.numel() for name, p in net.named_parameters() if p.dim() == 2 and parameter_role(name) != "embeddings"
+    )
     if net.config.tie_embeddings:
         matrices += net.wte.weight.numel()
     return 6 * matrices + 12 * net.config.n_layer * net.config.n_embd * net.config.block_size

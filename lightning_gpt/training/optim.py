@@ -10,6 +10,8 @@ from torch import distributed as dist
 from torch.nn import functional as F
 from torch.optim.adamw import adamw
 
+from ..model.gpt import parameter_role
+
 
 def adamw_groups(net: nn.Module, learning_rate: float, betas: tuple[float, float], weight_decay: float) -> list[dict]:
     """Weight decay on matrices and embeddings; none on biases and norms."""
@@ -25,7 +27,7 @@ def muon_groups(
     net: nn.Module, muon_lr: float, muon_decay: float, learning_rate: float, betas: tuple[float, float]
 ) -> list[dict]:
     """Matrices inside blocks go to Muon, c_attn's as three (q, k, v); all else to AdamW, without decay."""
-    matrices = {name: p for name, p in net.named_parameters() if p.dim() == 2 and name.startswith("h.")}
+    matrices = {name: p for name, p in net.named_parameters() if p.dim() == 2 and parameter_role(name).startswith("h.")}
     muon = {"muon": True, "lr": muon_lr, "peak_lr": muon_lr, "weight_decay": muon_decay}
     rest = [p for name, p in net.named_parameters() if name not in matrices]
     groups = [
