@@ -264,8 +264,11 @@ def test_a_limit_that_is_used_up_is_said_when_a_run_goes_on(run, tmp_path, fails
         ([f"--data.batch_size={2**63}"], f"data.batch_size={2**63} is beyond the numbers of 64 bits"),
         ([f"--model.warmup_steps={10**30}"], "model.warmup_steps=1000000000000000000000000000000 is beyond"),
         (["--trainer.limit_train_batches=1e300"], "trainer.limit_train_batches=1e+300 is beyond"),
-        (["--trainer.callbacks+=LearningRateFinder"], "LearningRateFinder would change the rates or batches"),
-        (["--trainer.callbacks=BatchSizeFinder"], "BatchSizeFinder would change the rates or batches"),
+        (
+            ["--trainer.callbacks+=LearningRateFinder"],
+            "LearningRateFinder would change the learning rate",
+        ),
+        (["--trainer.callbacks=BatchSizeFinder"], "BatchSizeFinder would change the learning rate"),
         (["--trainer.max_time=5"], "DD:HH:MM:SS"),
     ],
 )
@@ -279,7 +282,7 @@ def test_settings_that_can_not_be_are_refused(tmp_path, fails, text_file, flags,
 def test_a_tuner_is_told_in_one_sentence_too(tmp_path, text_file, find):
     trainer = L.Trainer(default_root_dir=tmp_path, accelerator="cpu", max_steps=2, logger=False)
     model, data = LanguageModel(vocab_size=32, block_size=16, n_layer=1, n_head=1, n_embd=8), text_file
-    with pytest.raises(ValueError, match="would change the rates or batches"):
+    with pytest.raises(ValueError, match="would change the learning rate or the batch size"):
         getattr(Tuner(trainer), find)(model, datamodule=TextDataModule(str(data), block_size=16, batch_size=4))
 
 

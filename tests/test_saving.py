@@ -103,7 +103,7 @@ def test_weights_that_are_no_numbers_are_never_saved_and_the_last_good_file_is_n
     with pytest.raises(SystemExit) as stop:
         fit(*how, corpus=text_file, root=tmp_path)
     said = capsys.readouterr().err
-    assert stop.value.code == 1 and "the weights became no numbers (nan or infinite) at step 3" in said
+    assert stop.value.code == 1 and "the weights became NaN or infinite at step 3" in said
     if "--save_every_n_steps=1" in flags:
         assert "The last good checkpoint is" in said and "last.ckpt, of step 2" in said
         assert read_checkpoint(next(tmp_path.rglob("last.ckpt")))["global_step"] == 2
@@ -137,7 +137,7 @@ def test_a_best_that_could_not_be_saved_is_tried_again(tmp_path, monkeypatch):
             asked.append(path.name)
 
     asked, saver = [], CheckpointSaver(tmp_path, 0)
-    lm, io = SimpleNamespace(stop_if_diverged=lambda: None), SimpleNamespace(failed={})
+    lm, io = SimpleNamespace(check_divergence=lambda: None), SimpleNamespace(failed={})
     strategy = SimpleNamespace(broadcast=lambda x: x, checkpoint_io=io)
     trainer = Trainer(lightning_module=lm, strategy=strategy, fast_dev_run=False, loggers=[], is_global_zero=True)
     for step, loss, failed in (1, 2.0, {}), (2, 3.0, {saver.best: OSError()}):
@@ -554,7 +554,7 @@ def test_the_step_of_the_first_bad_loss_is_known_however_late_one_looks(accumula
         lm.train_loss = lambda batch=batch: torch.tensor(math.nan if batch >= bad_from else 1.0)
         lm.training_step((), 0)
     with pytest.raises(DivergenceError, match=f"at step {step},"):
-        lm.stop_if_diverged()
+        lm.check_divergence()
 
 
 def test_a_bad_loss_stops_at_once_on_the_cpu(tmp_path, text_file, capsys):

@@ -1,9 +1,9 @@
 """The decoder-only Transformer, in the order of the lecture: attention, MLP, block, GPT.
 
 Shapes   B batch · T time (tokens) · C channels = n_embd · H heads · D = C / H · V vocabulary
-Maths    GPT-2 (Radford et al. 2019): each branch normalises its input, positions are learned. The settings of
-         GPTConfig turn the same block, piece by piece, into the modern one of configs/shakespeare.yaml
-Names    GPT-2's own (wte, c_attn, c_fc, ...; the c was for Conv1D), so that its weights load by name
+Maths    GPT-2 (Radford et al. 2019): pre-norm blocks, learned positions. The settings of GPTConfig turn the same
+         block, one by one, into the modern one of configs/shakespeare.yaml
+Names    GPT-2's (wte, c_attn, c_fc, ...; c stood for Conv1D), so that its weights load by name
 """
 
 import math
@@ -70,15 +70,15 @@ class GPTConfig:
                 raise ValueError(f"{name}={size} must be at least {least}")
         if self.n_embd % self.n_head:
             raise ValueError(
-                f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}: every head takes an equal share"
+                f"n_embd={self.n_embd} is not divisible by n_head={self.n_head}: all heads have the same width"
             )
         if self.position == "rope" and self.n_embd // self.n_head % 2:
             raise ValueError(
-                f"position=rope turns pairs of channels, and n_embd={self.n_embd} / n_head={self.n_head} gives every "
+                f"position=rope rotates pairs of channels, and n_embd={self.n_embd} / n_head={self.n_head} gives every "
                 f"head an odd number, {self.n_embd // self.n_head}: take another n_head"
             )
         if self.logit_softcap < 0:
-            raise ValueError(f"logit_softcap={self.logit_softcap} must be 0 (no cap) or more")
+            raise ValueError(f"logit_softcap={self.logit_softcap} must be 0 (no softcap) or more")
         for name in "dropout", "ngram_dropout":
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} is a probability: 0 or more, and less than 1")
@@ -104,17 +104,17 @@ def rope_table(block_size: int, D: int) -> Tensor:
 
 
 def apply_rope(x: Tensor, table: Tensor) -> Tensor:
-    """x (B, T, H, D) with channel pairs (i, i + D/2) turned by their position's angle, table (2, [B,] T, D/2)."""
+    """x (B, T, H, D) with channel pairs (i, i + D/2) rotated by their position's angle, table (2, [B,] T, D/2)."""
     cos, sin = table[..., None, :]
     a, b = x.chunk(2, -1)
     return torch.cat((a * cos + b * sin, b * cos - a * sin), -1).type_as(x)
 
 
 class CausalSelfAttention(nn.Module):
-    """Every token asks itself and the tokens before it: softmax(Q K^T / sqrt(D)) V, in H heads at once.
+    """Every token attends to itself and the tokens before it: softmax(Q K^T / sqrt(D)) V, in H heads at once.
 
     Attention Is All You Need (Vaswani et al. 2017), section 3.2, with the mask of its decoder.
-    qk_norm: Query-Key Normalization (Henry et al. 2020), here without a learnt scale.
+    qk_norm: Query-Key Normalization (Henry et al. 2020), here without a learned scale.
     """
 
     def __init__(self, config: GPTConfig):
@@ -134,7 +134,7 @@ class CausalSelfAttention(nn.Module):
         mask = None
         if cache is not None:
             k, v, mask = cache.extend(k, v)  # (B, H, past + T, D)
-        # one new token may see every cached one, so only a longer piece needs the mask
+        # a single new token attends to every cached one, so only several need the causal mask
         y = F.scaled_dot_product_attention(
             q,
             k,
@@ -148,8 +148,8 @@ class CausalSelfAttention(nn.Module):
 
 
 def activate(x: Tensor, activation: str) -> Tensor:
-    """What makes the MLP more than a matrix; relu2 is relu(x)^2 (Primer, So et al. 2021), and swiglu, which leaves
-    half of the channels, silu(a) * b (Shazeer 2020)."""
+    """The MLP's nonlinearity; relu2 is relu(x)^2 (Primer, So et al. 2021). swiglu halves the channels: silu(a) * b
+    (Shazeer 2020)."""
     if activation == "gelu":
         return F.gelu(x)
     if activation == "gelu_tanh":
@@ -162,7 +162,7 @@ def activate(x: Tensor, activation: str) -> Tensor:
 
 
 class MLP(nn.Module):
-    """Every token thinks for itself: W2 act(W1 x), four times as wide inside; with swiglu's a and b each 8/3."""
+    """Works on each token alone: W2 act(W1 x), four times as wide inside; with swiglu, a and b are 8/3 as wide each."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -217,7 +217,7 @@ class GPT(nn.Module):
         self.init_weights()
 
     def init_weights(self) -> None:
-        """gpt2: matrices normal(0, 0.02), thinner where a branch joins the residual stream; biases 0 (section 2.3).
+        """gpt2: matrices normal(0, 0.02), smaller where a branch joins the residual stream; biases 0 (section 2.3).
 
         zero: branches, head and n-grams 0, embeddings normal(0, 1), other matrices uniform with std 0.5/sqrt(n_embd).
         """
@@ -238,29 +238,29 @@ class GPT(nn.Module):
                 nn.init.normal_(p, std=0.02)
 
     def ngram_embeddings(self, idx: Tensor, cache: "KVCache | None" = None) -> Tensor:
-        """The sum (B, T, C) of a vector for the last two tokens at each place, one for the last three ... `ngram`.
+        """The sum (B, T, C) of the embeddings of the last two, the last three ... the last `ngram_max` tokens.
 
-        Byte Latent Transformer (Pagnoni et al. 2024), section 3.2.1: there are more n-grams than rows, so a hash
-        deals the rows out and some n-grams share one. What a first layer would have to learn, the table knows.
+        Hash n-gram embeddings of the Byte Latent Transformer (Pagnoni et al. 2024), section 3.2.1: a hash assigns the
+        n-grams to the rows of the table, so some share a row.
         """
         n = self.config.ngram_max
-        ids = F.pad(idx, (n - 1, 0), value=-1)  # -1: nothing there
+        ids = F.pad(idx, (n - 1, 0), value=-1)  # -1: before the text
         if cache is not None:
             ids = torch.cat((cache.tokens_before(idx, n), idx), 1)
             cache.last_tokens.copy_(ids[:, ids.size(1) - n + 1 :])
         key, keys = idx, []
         for k in range(1, n):
-            earlier = ids[:, n - 1 - k : ids.size(1) - k]  # the token k places before
+            earlier = ids[:, n - 1 - k : ids.size(1) - k]  # the token k positions before
             key = (key * 1_000_003 + earlier + 1) % 2_147_483_647
             keys.append(key % self.config.ngram_buckets)
         return self.wng(torch.stack(keys)).sum(0)
 
     def logits(self, x: Tensor) -> Tensor:
-        """Logits (B, T, V) of what the last block made, x (B, T, C); capped as in Gemma 2 (2024), section 2."""
+        """Logits (B, T, V) of the last block's output, x (B, T, C); softcapped as in Gemma 2 (2024), section 2."""
         z = self.lm_head(self.ln_f(x))
-        if cap := self.config.logit_softcap:
-            z = z.to(torch.promote_types(z.dtype, torch.float32))  # bfloat16 has three digits only
-            z = cap * torch.tanh(z / cap)
+        if softcap := self.config.logit_softcap:
+            z = z.to(torch.promote_types(z.dtype, torch.float32))  # bfloat16 has three digits
+            z = softcap * torch.tanh(z / softcap)
         return z
 
     def forward(self, idx: Tensor, cache: "KVCache | None" = None, only: Tensor | None = None) -> Tensor:
@@ -268,8 +268,8 @@ class GPT(nn.Module):
 
         Args:
             idx: token ids (B, T), 1 <= past + T <= block_size.
-            cache: keys and values of `past` earlier tokens; it is extended by these T.
-            only: the one position of each row (B,) whose logits are wanted.
+            cache: keys and values of `past` earlier tokens; these T are appended.
+            only: return the logits at one position of each row, (B,).
         Returns:
             logits (B, T, V), or (B, 1, V) with `only`.
         Raises:
@@ -281,28 +281,28 @@ class GPT(nn.Module):
         return self.logits(x)
 
     def features(self, idx: Tensor, cache: "KVCache | None" = None) -> Tensor:
-        """What the last block makes of the tokens, (B, T, C); `forward` before its head."""
+        """The last block's output (B, T, C); `forward` without the head."""
         past, T = (0 if cache is None else cache.length), idx.size(1)
         if isinstance(past, int) and past + T > self.config.block_size:
             raise ValueError(f"{past + T} tokens do not fit into block_size={self.config.block_size}")
         x, rope = self.wte(idx), None  # (B, T, C)
-        if isinstance(past, Tensor):  # every row is at a place of its own
-            at = past[:, None] + torch.arange(T, device=idx.device)  # (B, T)
+        if isinstance(past, Tensor):  # every row has its own position
+            pos = past[:, None] + torch.arange(T, device=idx.device)  # (B, T)
         else:
-            at = torch.arange(past, past + T, device=idx.device)  # (T,)
+            pos = torch.arange(past, past + T, device=idx.device)  # (T,)
         if self.config.position == "learned":
-            x = x + self.wpe(at)
+            x = x + self.wpe(pos)
         else:
-            rope = self.rope[:, at] if isinstance(past, Tensor) else self.rope[:, past : past + T]
+            rope = self.rope[:, pos] if isinstance(past, Tensor) else self.rope[:, past : past + T]
         if self.config.ngram_max > 1:
-            some = F.dropout(torch.ones_like(x[..., :1]), self.config.ngram_dropout, self.training)  # (B, T, 1)
-            x = x + some * self.ngram_embeddings(idx, cache)
-        if torch.is_autocast_enabled(x.device.type):  # the residual stream too, or every sum would be float32
+            keep = F.dropout(torch.ones_like(x[..., :1]), self.config.ngram_dropout, self.training)  # (B, T, 1)
+            x = x + keep * self.ngram_embeddings(idx, cache)
+        if torch.is_autocast_enabled(x.device.type):  # the residual stream too, or every addition would be in float32
             x = x.to(torch.get_autocast_dtype(x.device.type))
         x = F.dropout(self.ln_e(x), self.config.dropout, self.training)
         layers = [None] * len(self.h) if cache is None else cache.prepare(idx, len(self.h))
         for block, layer in zip(self.h, layers, strict=True):
             x = block(x, rope, layer)
         if cache is not None:
-            cache.length += T  # in place where it is a tensor, as a recorded step must
+            cache.length += T  # in place where it is a tensor, as a captured step requires
         return x

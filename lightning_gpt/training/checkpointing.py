@@ -175,7 +175,7 @@ class CheckpointSaver(Checkpoint):
         saved["val_loss"] = self.val_loss if self.val_step == trainer.global_step else math.nan
 
     def save(self, trainer: L.Trainer, path: Path) -> None:
-        cast(LanguageModel, trainer.lightning_module).stop_if_diverged()
+        cast(LanguageModel, trainer.lightning_module).check_divergence()
         if not trainer.fast_dev_run:
             for logger in trainer.loggers:
                 logger.save()  # text and all to disk too, as what comes before a save will not be logged again

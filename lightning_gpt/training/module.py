@@ -1,4 +1,4 @@
-"""What happens in a step: loss, optimizer, schedule, log. No text, no files, no sampling."""
+"""The LightningModule: loss, optimizer, learning rate, metrics and what is logged."""
 
 import math
 import sys
@@ -29,7 +29,7 @@ from .strategies import DDPFlatStrategy, FSDP2Strategy, apply_fsdp, full_tensor
 
 
 def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
-    """Mean cross-entropy of the targets y (B, T), in nats per token; in float32 at least, whatever the logits are."""
+    """Mean cross-entropy of the targets y (B, T), in nats per token; computed in float32 or float64."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # autocast would do the same
     return F.cross_entropy(logits.flatten(0, 1), y.flatten())
 
@@ -40,7 +40,7 @@ def next_token_loss(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 
 
 def features_loss(net: GPT, features: Tensor, y: Tensor) -> Tensor:
-    """The same for a GPT whose `features` are there already."""
+    """`next_token_loss` of a GPT from its `features`, so that the head compiles together with the loss."""
     return cross_entropy(net.logits(features), y)
 
 
@@ -90,6 +90,7 @@ class LanguageModel(L.LightningModule):
 
     def __init__(
         self,
+        *,
         lecture_step: Literal["bigram", "head", "heads", "feedforward", "residual", "layernorm", "gpt"] | None = None,
         optimizer: Literal["adamw", "muon"] = "adamw",
         learning_rate: float = 1e-3,
@@ -135,7 +136,7 @@ class LanguageModel(L.LightningModule):
                 f"freeze_layers={freeze_layers} is for the GPT, and lecture_step={lecture_step} is too "
                 "small for that: leave it out"
             )
-        self.init_from = init_from  # the command line forgets it when a run goes on: all weights are in its checkpoint
+        self.init_from = init_from  # the command line sets it to None on resume: the checkpoint has all weights
         self.head_loss, self.compiles = features_loss, False
         self.captured: CapturedStep | None = None
         self.grad_norm: Tensor | None = None
@@ -145,14 +146,14 @@ class LanguageModel(L.LightningModule):
 
     @property
     def eval_net(self) -> GPT | LectureModel:
-        """The net that is validated, kept as best and sampled: the average where there is one."""
+        """The net that is validated, kept as best and sampled: the moving average if there is one."""
         return self.net if self.ema_net is None else self.ema_net
 
     # --- a training step ---------------------------------------------------------------------------------------------
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         loss = self.train_loss(*batch)
-        self.bad_losses += ~loss.detach().isfinite()  # stays on the device: looking at each would make the GPU wait
+        self.bad_losses += ~loss.detach().isfinite()  # on the device: reading it in every step would stall the GPU
         return loss
 
     def train_loss(self, x: Tensor, y: Tensor) -> Tensor:
@@ -163,31 +164,31 @@ class LanguageModel(L.LightningModule):
             return self.head_loss(net, net.features(x), y)
         except torch._dynamo.exc.BackendCompilerFailed as error:
             reason = str(error.__cause__ or error).strip().split("\n")[0][:150]
-            print(f"compile: true, but compiling failed ({reason}); training goes on uncompiled", file=sys.stderr)
+            print(f"compile: true, but compiling failed ({reason}); training continues without it", file=sys.stderr)
             self.compiles = False
             torch.compiler.set_stance("force_eager")
             return next_token_loss(self.net, x, y)
 
     def on_before_batch_transfer(self, batch: Tensor, dataloader_idx: int) -> Tensor:
-        """Between two steps: the last one is logged and validated, of the next one nothing is counted yet.
+        """Calls `on_step_done(trainer)` of the callbacks that have it, after step k is logged and validated and before
+        step k + 1 is counted.
 
-        No hook of Lightning's has that moment, the only one from which a resumed run takes all up as it was. Callbacks
-        that have `on_step_done(trainer)` are told.
+        Only a checkpoint of that moment resumes exactly, and Lightning has no hook there.
         """
         trainer = self.trainer
         if trainer.training and trainer.global_step != self.last_step_done:
             self.last_step_done = trainer.global_step
-            # Lightning has noted already whether the next batch is the last of its epoch: a checkpoint is not to say so
+            # already set for the next batch; a checkpoint must not contain it
             progress = trainer.fit_loop.epoch_loop.batch_progress
-            of_next, progress.is_last_batch = progress.is_last_batch, False
+            is_last_batch, progress.is_last_batch = progress.is_last_batch, False
             for callback in trainer.callbacks:
                 if hasattr(callback, "on_step_done"):
                     callback.on_step_done(trainer)
-            progress.is_last_batch = of_next
+            progress.is_last_batch = is_last_batch
         return batch
 
     def on_train_batch_start(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        # dice and rates are functions of the step alone, so a resumed run needs neither from the checkpoint
+        # noise and learning rate are functions of the step alone, so that a resumed run needs neither from a checkpoint
         torch.manual_seed(derive_seed(self.hparams.seed, self.global_rank, self.trainer.fit_loop.total_batch_idx))
         if groups := self.scheduled_groups():
             factor = self.lr_factor(self.trainer.global_step)
@@ -202,14 +203,14 @@ class LanguageModel(L.LightningModule):
     def scheduled_groups(self) -> list[dict]:
         """The parameter groups whose learning rate follows `schedule`.
 
-        None of a subclass whose `configure_optimizers` makes groups of its own, or brings a scheduler.
+        Empty for a subclass whose `configure_optimizers` returns other groups or a scheduler.
         """
         own = self.trainer.lr_scheduler_configs
         return [] if own else [group for group in self.trainer.optimizers[0].param_groups if "peak_lr" in group]
 
     @property
     def total_steps(self) -> float:
-        """Optimizer steps of the whole run, by max_steps or max_epochs, whichever is less; infinite by neither."""
+        """Optimizer steps of the run, by max_steps or max_epochs, whichever is less; infinite without either."""
         steps = self.trainer.estimated_stepping_batches
         return math.inf if steps == -1 else steps
 
@@ -231,7 +232,7 @@ class LanguageModel(L.LightningModule):
         return closure_result(closure)
 
     def configure_gradient_clipping(self, optimizer, gradient_clip_val=None, gradient_clip_algorithm=None) -> None:
-        # by hand, as Lightning 2.6 refuses to clip for a fused optimizer under bf16-mixed
+        # Lightning 2.6 refuses to clip for a fused optimizer under bf16-mixed
         params = list(self.net.parameters())
         if isinstance(self.trainer.strategy, DDPFlatStrategy):
             self.trainer.strategy.all_reduce_mean([p.grad for p in params if p.grad is not None])
@@ -242,45 +243,44 @@ class LanguageModel(L.LightningModule):
             nn.utils.clip_grads_with_norm_(params, gradient_clip_val, self.grad_norm)
 
     def ends_step(self, batch_idx: int) -> bool:
-        """Whether an optimizer step ends with this batch of an epoch, as one does with the epoch's last batch."""
+        """Whether an optimizer step ends with this batch of an epoch; one always ends with the last batch."""
         n = batch_idx + 1
         return n % self.trainer.accumulate_grad_batches == 0 or n == self.trainer.num_training_batches
 
     def logs_after(self, batch_idx: int) -> bool:
-        """Whether a step ends with this batch whose values are written; self.log takes 0.4 ms even for the others."""
+        """Whether a logged step ends with this batch; self.log takes 0.4 ms even where nothing is written."""
         return self.ends_step(batch_idx) and self.logs(self.trainer.global_step)
 
     def logs(self, step: int) -> bool:
-        """Whether the values of a step are written; Lightning always writes those of the last one."""
+        """Whether the values of a step are logged; Lightning always logs the last one."""
         every = self.trainer.log_every_n_steps
         return every > 0 and (step % every == 0 or step == self.total_steps)
 
-    def stop_if_diverged(self, look_at_weights: bool = True) -> None:
-        """Raises Diverged if a loss was no number so far, or a weight is none now."""
+    def check_divergence(self, check_weights: bool = True) -> None:
+        """Raises DivergenceError if a loss has been NaN or infinite, or a weight is now."""
         if bad := int(self.trainer.strategy.reduce(self.bad_losses, reduce_op="max")):  # all ranks stop, or none
             step = max(1, self.trainer.global_step - (bad - 1) // self.trainer.accumulate_grad_batches)
-            what = "the loss became no number (nan or infinite)"
-        elif look_at_weights and not full_tensor(nn.utils.get_total_norm(self.net.parameters())).isfinite():
-            step, what = self.trainer.global_step, "the weights became no numbers (nan or infinite)"
+            what = "the loss became NaN or infinite"
+        elif check_weights and not full_tensor(nn.utils.get_total_norm(self.net.parameters())).isfinite():
+            step, what = self.trainer.global_step, "the weights became NaN or infinite"
         else:
             return
         hp, factor = self.hparams, self.lr_factor(step - 1)
         rates = {"learning_rate": hp.learning_rate} | ({"muon_lr": hp.muon_lr} if hp.optimizer == "muon" else {})
         at = " and ".join(f"{name} {factor * rate:.2g} (peak {rate:g})" for name, rate in rates.items())
-        if not self.scheduled_groups():  # of a subclass
+        if not self.scheduled_groups():  # a subclass has its own
             rates_now = [float(group["lr"]) for group in self.trainer.optimizers[0].param_groups]
             at = f"learning rate {max(rates_now, default=0):.2g}"
         raise DivergenceError(f"{what} at step {step:,}, with {at}: take a lower rate")
 
     def on_train_batch_end(self, outputs, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         if (self.device.type == "cpu" and self.trainer.world_size == 1) or self.logs_after(batch_idx):
-            self.stop_if_diverged(look_at_weights=False)
+            self.check_divergence(check_weights=False)
         accumulate = self.trainer.accumulate_grad_batches
-        batches = batch_idx % accumulate + 1  # of this step so far
-        # each loss is divided already
+        batches = batch_idx % accumulate + 1  # of this step so far; each loss is divided by `accumulate`
         self.step_loss = outputs["loss"] if batches == 1 else self.step_loss + outputs["loss"]
         if self.logs_after(batch_idx):
-            loss = self.step_loss.clone()  # a replayed step writes to the same place
+            loss = self.step_loss.clone()  # a replayed step overwrites it
             loss = self.logged_loss = loss if batches == accumulate else loss * (accumulate / batches)
             self.log("train/loss", loss, sync_dist=self.trainer.world_size > 1)
             if self.chars_per_token is not None:
@@ -295,10 +295,10 @@ class LanguageModel(L.LightningModule):
 
     def on_validation_start(self) -> None:
         if self.trainer.state.fn == "fit" and not self.trainer.sanity_checking:
-            self.stop_if_diverged()
+            self.check_divergence()
         if self.compiles:
-            torch.compiler.set_stance("force_eager")  # shapes vary here and in sampling: don't compile for each
-        self.val_metrics.to(torch.float32)  # Lightning has cast them with the weights, and a bfloat16 sum stops growing
+            torch.compiler.set_stance("force_eager")  # shapes vary in validation and sampling: don't compile for each
+        self.val_metrics.to(torch.float32)  # Lightning casts them with the weights, and a sum in bfloat16 stops growing
 
     def on_validation_end(self) -> None:
         if self.compiles:
@@ -317,11 +317,11 @@ class LanguageModel(L.LightningModule):
 
     def measure(self, metrics: MetricCollection, x: Tensor, y: Tensor) -> None:
         if y.numel():
-            how = {} if self.chars_per_token is None else {"characters": self.chars_per_token[y].sum()}
-            metrics.update(next_token_loss(self.eval_net, x, y), weight=y.numel(), **how)
+            counts = {} if self.chars_per_token is None else {"characters": self.chars_per_token[y].sum()}
+            metrics.update(next_token_loss(self.eval_net, x, y), weight=y.numel(), **counts)
         elif isinstance(self.trainer.strategy, FSDP2Strategy):
-            nothing = x.new_zeros(1, x.size(1))  # the others have a window, and need this rank's weights for it
-            next_token_loss(self.eval_net, nothing, nothing)
+            dummy = x.new_zeros(1, x.size(1))  # other ranks have a window and gather this rank's weights for it
+            next_token_loss(self.eval_net, dummy, dummy)
 
     # --- set up, save and resume -------------------------------------------------------------------------------------
 
@@ -336,8 +336,8 @@ class LanguageModel(L.LightningModule):
         for callback in self.trainer.callbacks:
             if isinstance(callback, (LearningRateFinder, BatchSizeFinder)):
                 raise ValueError(
-                    f"{type(callback).__name__} would change the rates or batches that the settings fix for a whole "
-                    "run: leave it out, and compare short runs with other model.learning_rate or data.batch_size"
+                    f"{type(callback).__name__} would change the learning rate or the batch size, which the "
+                    "settings fix for a run: leave it out, and compare short runs with other values"
                 )
         tokenizer = getattr(getattr(self.trainer, "datamodule", None), "tokenizer", None)
         table = None if tokenizer is None else tokenizer.chars_per_token
@@ -357,21 +357,21 @@ class LanguageModel(L.LightningModule):
         dequantize(saved)
         saved["state_dict"] = self.with_ema(saved["state_dict"])
         if (trainer := trainer_or_none(self)) and trainer.precision == "64-true":
-            self.double()  # Lightning does so after it has put the weights in, which would round them
+            self.double()  # Lightning does so after loading the weights, which would round them
         if loops := saved.get("loops", {}).get("fit_loop"):
             epochs, batches = loops["epoch_progress"], loops["epoch_loop.batch_progress"]
-            if epochs["current"]["ready"] == epochs["current"]["processed"]:  # saved when a run had ended ...
-                if batches["is_last_batch"]:  # ... with its epoch: Lightning would count the next batch to that one
+            if epochs["current"]["ready"] == epochs["current"]["processed"]:  # saved at the end of a run ...
+                if batches["is_last_batch"]:  # ... and of an epoch: Lightning would count the next batch to that epoch
                     batches["is_last_batch"] = False
                     steps = loops["epoch_loop.automatic_optimization.optim_progress"]["optimizer"].values()
                     for progress in batches, loops["epoch_loop.scheduler_progress"], *steps:
                         progress["current"] = dict.fromkeys(progress["current"], 0)
-                else:  # ... before: Lightning would go on in an epoch of another number
+                else:  # ... within an epoch: Lightning would resume in another epoch
                     for progress in epochs.values():
                         progress["processed"] = progress["completed"] = progress["ready"] - 1
 
     def with_ema(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Weights for this module: where only one of both keeps an average, it starts from the weights, or ends."""
+        """Weights for this module: a new moving average starts from the weights, one that is not kept is dropped."""
         has = any(name.startswith("ema_net.") for name in weights)
         if has and self.ema_net is None:
             return {name: w for name, w in weights.items() if not name.startswith("ema_net.")}
@@ -412,32 +412,35 @@ class LanguageModel(L.LightningModule):
         fused = self.device.type == "cuda" and self.trainer.precision != "16-mixed"
         return torch.optim.AdamW(self.parameter_groups(), fused=fused, capturable=fused)
 
+    def can_capture_steps(self) -> bool:
+        """Whether a whole optimizer step fits into one CUDA graph here."""
+        t = self.trainer
+        one_message = t.world_size == 1 or isinstance(t.strategy, DDPFlatStrategy)
+        one_batch = t.accumulate_grad_batches == 1 and t.precision != "16-mixed"
+        our_optimizer = type(self).configure_optimizers is LanguageModel.configure_optimizers
+        return self.device.type == "cuda" and one_message and one_batch and our_optimizer
+
     def on_train_start(self) -> None:
         if self.trainer.fit_loop.epoch_loop.restarting:
-            # where a validation is due, by today's settings, Lightning begins with a turn without a batch, but counts a
-            # step for the loggers: the resumed curves would be one off
+            # where a validation is due, Lightning's first iteration has no batch but counts a step for the loggers
             set_logged_steps(self.trainer, self.trainer.global_step - validation_is_due(self.trainer))
         self.last_step_done = 0  # this net may have been trained before
         self.bad_losses = torch.zeros((), dtype=torch.int64, device=self.device)
         self.compiles = self.hparams.compile
         if self.compiles:
             for block in self.net.h:
-                block.compile(dynamic=False)  # in place and one for all: the checkpoint's keys stay as they are
+                block.compile(dynamic=False)  # in place and one graph for all: the checkpoint's keys do not change
             self.head_loss = torch.compile(features_loss, dynamic=False)
-            whole = self.trainer.world_size == 1 or isinstance(self.trainer.strategy, DDPFlatStrategy)
-            whole = whole and self.trainer.accumulate_grad_batches == 1 and self.trainer.precision != "16-mixed"
-            # another optimizer may do what can't be recorded
-            whole = whole and type(self).configure_optimizers is LanguageModel.configure_optimizers
-            if self.device.type == "cuda" and whole:
+            if self.can_capture_steps():
                 self.captured = CapturedStep()
         if self.total_steps == math.inf and self.hparams.min_lr_ratio < 1 and self.scheduled_groups():
             raise ValueError(
-                f"the learning rate falls until the last step (model.schedule={self.hparams.schedule}), and nothing "
-                "says which step that is: give the Trainer max_steps too, or model.min_lr_ratio=1 for a constant rate"
+                f"the learning rate falls until the last step (model.schedule={self.hparams.schedule}), and the run "
+                "has none: give trainer.max_steps, or model.min_lr_ratio=1 for a constant learning rate"
             )
-        # a resumed optimizer keeps its moments, but takes its rates from today's settings
-        ours = {tuple(map(id, group["params"])): group for group in self.parameter_groups()}
+        # a resumed optimizer keeps its moments, but takes its rates from the current settings
+        groups = {tuple(map(id, group["params"])): group for group in self.parameter_groups()}
         for group in self.scheduled_groups():
             lr = torch.zeros((), device=self.device) if self.captured else 0.0
-            fresh = ours.get(tuple(map(id, group["params"])), {})
+            fresh = groups.get(tuple(map(id, group["params"])), {})
             group.update({key: fresh[key] for key in fresh if key != "params"}, lr=lr)

@@ -1,4 +1,4 @@
-"""How weights change: parameter groups, Muon, learning-rate schedules. Torch only."""
+"""Parameter groups, Muon and learning-rate schedules."""
 
 import math
 from collections import defaultdict
@@ -16,17 +16,17 @@ from ..model.gpt import parameter_role
 def adamw_groups(net: nn.Module, learning_rate: float, betas: tuple[float, float], weight_decay: float) -> list[dict]:
     """Weight decay on matrices and embeddings; none on biases and norms."""
     params = list(net.parameters())
-    how = {"lr": learning_rate, "peak_lr": learning_rate, "betas": tuple(betas)}
+    settings = {"lr": learning_rate, "peak_lr": learning_rate, "betas": tuple(betas)}
     return [
-        {"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay, **how},
-        {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0, **how},
+        {"params": [p for p in params if p.dim() >= 2], "weight_decay": weight_decay, **settings},
+        {"params": [p for p in params if p.dim() < 2], "weight_decay": 0.0, **settings},
     ]
 
 
 def muon_groups(
     net: nn.Module, muon_lr: float, muon_decay: float, learning_rate: float, betas: tuple[float, float]
 ) -> list[dict]:
-    """Matrices inside blocks go to Muon, c_attn's as three (q, k, v); all else to AdamW, without decay."""
+    """The blocks' matrices for Muon, c_attn as three (q, k, v); all other parameters for AdamW, without decay."""
     matrices = {name: p for name, p in net.named_parameters() if p.dim() == 2 and parameter_role(name).startswith("h.")}
     muon = {"muon": True, "lr": muon_lr, "peak_lr": muon_lr, "weight_decay": muon_decay}
     rest = [p for name, p in net.named_parameters() if name not in matrices]
@@ -46,7 +46,7 @@ def muon_groups(
 
 
 def orthogonalize(x: Tensor) -> Tensor:
-    """About U V^T of each matrix's U S V^T, x (N, rows, columns): all singular values end between 0.7 and 1.2.
+    """Approximately U V^T of each matrix U S V^T in x (N, rows, columns): all singular values become 0.7 to 1.2.
 
     Five Newton-Schulz steps with the coefficients of Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon);
     in bfloat16 on a GPU.
@@ -63,7 +63,7 @@ def orthogonalize(x: Tensor) -> Tensor:
 
 
 def orthogonalize_distributed(x: Tensor) -> Tensor:
-    """`orthogonalize` of x (N, rows, columns), the same on all ranks, where each rank takes N / world_size matrices."""
+    """`orthogonalize` of x (N, rows, columns), shared out: each rank computes N / world_size matrices."""
     ranks, rank = dist.get_world_size(), dist.get_rank()
     each = -(-len(x) // ranks)
     mine = x[rank * each : (rank + 1) * each]
@@ -77,17 +77,17 @@ def orthogonalize_distributed(x: Tensor) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """Muon for the groups with `muon: True`, AdamW for the others; torch.optim.Muon's update, but in batches.
 
-    Matrices of one shape are orthogonalised together, where torch's loop takes one after the other. A group's
-    `pieces` says into how many matrices of equal height each of its parameters falls.
+    Matrices of one shape are orthogonalized in one batch, where torch.optim.Muon takes one after the other. A group's
+    `pieces` is the number of matrices of equal height that each of its parameters is split into.
 
     Args:
-        groups: as `muon_groups` makes them.
-        momentum: share of the old momentum that stays, with Nesterov's look ahead.
-        shared: the processes of torch.distributed, whose gradients are the same, orthogonalise a part each.
+        groups: from `muon_groups`.
+        momentum: decay of the momentum buffer; Nesterov momentum.
+        shared: ranks with equal gradients orthogonalize a part of the matrices each.
     """
 
     def __init__(self, groups: list[dict], momentum: float = 0.95, shared: bool = False):
-        # fused makes load_state_dict put AdamW's step counters where the weights are: the kernel reads them there
+        # with fused, load_state_dict keeps AdamW's step counters on the device, where the kernel reads them
         super().__init__(groups, {"momentum": momentum, "eps": 1e-8, "fused": True})
         self.orthogonalise = orthogonalize_distributed if shared else orthogonalize
 
@@ -151,11 +151,11 @@ class Muon(torch.optim.Optimizer):
 
 
 def lr_factor(step: int, total: float, warmup: int, schedule: str, floor: float, decay_fraction: float) -> float:
-    """What to multiply the peak learning rate with at `step` (from 0): up in a straight line over `warmup` steps,
-    down to `floor`, reached at `total`.
+    """The learning rate at `step` (from 0) as a fraction of its peak: linear warm-up over `warmup` steps, then a decay
+    to `floor`, reached at `total`.
 
-    cosine and linear fall all the way; wsd (warm-up, stable, decay: Hu et al. 2024, MiniCPM, section 4) stays at the
-    peak and falls in a straight line over the last `decay_fraction` of all steps.
+    cosine and linear decay all the way; wsd (warm-up, stable, decay: Hu et al. 2024, MiniCPM, section 4) keeps the
+    peak and decays linearly over the last `decay_fraction` of all steps.
     """
     if step < warmup:
         return (step + 1) / (warmup + 1)  # nanoGPT's: the first step already moves
