@@ -145,7 +145,7 @@ def test_an_epoch_begins_where_the_one_before_ended_and_overfitting_repeats(over
 
 
 def test_a_batch_that_the_devices_cannot_share_is_refused():
-    with pytest.raises(ValueError, match="batch_size=6 can't be shared equally by 4 devices: take 4 or 8"):
+    with pytest.raises(ValueError, match="batch_size=6 is not divisible by the 4 devices: use 4 or 8"):
         on_rank(0, 4).train_dataloader()
 
 
@@ -180,12 +180,12 @@ def test_token_files_are_served_as_they_are_and_mapped(token_files):
 @pytest.mark.parametrize(
     "content, settings, message",
     [
-        (b"\1\0\2", {}, "has 3 bytes, which are no uint16 numbers"),
+        (b"\1\0\2", {}, "has 3 bytes, but must hold one or more uint16 ids"),
         (b"", {}, "has 0 bytes"),
         (b"\1\0" * 50 + b"\54\1" + b"\1\2", {}, "has the id 300 at token 50, beyond the vocabulary size 300"),
         (b"\1\0" * 8, {}, "has 8 tokens, too few"),
         (b"\1\0\1\0" * 50, {"token_dtype": "uint32"}, "has the id 65537"),
-        (b"\1\0\0\0" * 50, {}, "as if they were uint32: give data.token_dtype"),
+        (b"\1\0\0\0" * 50, {}, "as if it were uint32: set data.token_dtype"),
         (b"\1\0" * 50, {"vocab_size": None}, "their vocabulary size"),
         (b"\1\0" * 50, {"corpus": "text"}, "data.corpus=text are two texts"),
     ],

@@ -200,7 +200,7 @@ def test_no_process_outlives_the_one_that_started_it(tmp_path, text_file):
 @pytest.mark.slow
 def test_a_batch_that_cannot_be_shared_is_said_once(tmp_path, text_file):
     code, said = end(start(tmp_path, "fit", *TINY, "--data.corpus", text_file, "--trainer.devices", "3"))
-    assert code == 2 and "data.batch_size=8 can't be shared equally by 3 devices: take 6 or 9" in said
+    assert code == 2 and "data.batch_size=8 is not divisible by the 3 devices: use 6 or 9" in said
     assert said.count("\n") == 1
 
 

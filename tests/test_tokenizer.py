@@ -37,7 +37,7 @@ def gpt2():
     try:
         return tokenizer if tokenizer.engine else None
     except ValueError:
-        pytest.skip("GPT-2's table is not on this machine, and can't be fetched")
+        pytest.skip("GPT-2's vocabulary is not on this machine and can't be downloaded")
 
 
 TOKENIZERS = [ByteTokenizer(), BPETokenizer(MERGES), BPETokenizer("")]
@@ -204,5 +204,5 @@ def test_without_a_network_gpt2s_table_is_asked_for_in_one_sentence(monkeypatch,
     monkeypatch.setattr(tiktoken.registry, "ENCODINGS", {})
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")
-    with pytest.raises(ValueError, match="can't be fetched.*TIKTOKEN_CACHE_DIR"):
+    with pytest.raises(ValueError, match="can't be downloaded.*TIKTOKEN_CACHE_DIR"):
         GPT2Tokenizer().encode("text")

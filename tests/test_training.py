@@ -165,7 +165,7 @@ def test_the_logged_loss_of_a_step_of_fewer_batches_is_their_mean(tmp_path):
 
 
 def test_max_epochs_without_an_end_of_an_epoch_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="max_epochs=3: windows are drawn without end, so no epoch ends; give max_st"):
+    with pytest.raises(ValueError, match="max_epochs=3: random windows never run out, so no epoch ends: give max_st"):
         fit(tmp_path, 100, max_epochs=3)
 
 

@@ -129,7 +129,7 @@ class Bench(CLI):
             self.config.fit.data.vocab_size = None  # gpt2.yaml has it for its files of tokens
 
     def before_fit(self) -> None:
-        self.datamodule.refuse_unequal_shares(self.trainer.world_size)
+        self.datamodule.check_batch_size(self.trainer.world_size)
 
     def after_fit(self) -> None: ...
 

@@ -276,7 +276,7 @@ class CLI(LightningCLI):
             ) from None
 
     def before_fit(self) -> None:
-        self.datamodule.refuse_unequal_shares(self.trainer.world_size)  # here, before Lightning starts the others
+        self.datamodule.check_batch_size(self.trainer.world_size)  # here, before Lightning starts the others
         check_monitors(self.trainer, self.model, self.datamodule.tokenizer)
         if self.trainer.is_global_zero and self.asked:
             path = self.config.fit.ckpt_path or self.config.fit.model.init_from

@@ -1,4 +1,4 @@
-"""The same play with other names: what a small text needs most is names that were never seen. Plain Python."""
+"""Name augmentation: copies of a play with invented names, so that a model learns to copy names it has never seen."""
 
 import random
 import re
@@ -6,17 +6,17 @@ from collections import Counter, defaultdict
 
 
 class NameAugmenter:
-    """Copies of a play in which people and places are called otherwise, from heading to dialogue.
+    """Makes copies of a play with other names for people and places, consistently in headings and dialogue.
 
-    A model that sees one text many times learns its names by heart, and an unknown name then costs it dearly: for
-    headings never seen in training 12 layers of 256 channels paid 4.2 nats a character, for ordinary text 1.2. Copies
-    teach it to take a name from the lines above instead, and then it paid 2.8. Names are the capital words of headings
-    (lines such as `ROMEO:`) and words that stand twice or more in mid-sentence with a capital letter, where the text
-    never writes them in small letters.
+    A model trained for many epochs on one text memorizes its names, and then predicts unseen ones poorly: the loss of a
+    model with 12 layers of 256 channels was 4.2 nats per character on headings never seen in training, and 1.2 on
+    ordinary text. The copies teach it to take a name from the lines above instead, which lowered the 4.2 to 2.8.
+    Names are the uppercase words of headings (lines such as `ROMEO:`) and words that occur at least twice in
+    mid-sentence with a capital letter, unless the text also has them in lowercase.
 
     Args:
-        text: a play; a text without names comes back as it is.
-        keep: share of names that a copy leaves alone.
+        text: a play; a text without names is returned unchanged.
+        keep: probability that a copy leaves a name unchanged.
     """
 
     def __init__(self, text: str, keep: float = 0.3):
@@ -27,14 +27,14 @@ class NameAugmenter:
         words |= {word.upper() for word, times in capital.items() if times > 1}
         self.names = sorted(words - {word.upper() for word in re.findall(r"\b[a-z]+\b", text)})
         spellings = "|".join(spelling for name in self.names for spelling in (name, name.title()))
-        self.parts = re.split(rf"\b({spellings})\b", text) if self.names else [text]  # every second one is a name
-        self.next_letter = defaultdict(list)  # after two letters, as in the names themselves; ^ begins, $ ends
+        self.parts = re.split(rf"\b({spellings})\b", text) if self.names else [text]  # every second part is a name
+        self.next_letter = defaultdict(list)  # by the two letters before it; ^ marks a name's start, $ its end
         for name in self.names:
             for a, b, c in zip(f"^^{name}", f"^{name}$", f"{name}$ ", strict=False):
                 self.next_letter[a + b].append(c)
 
-    def invent(self, dice: random.Random) -> str:
-        """A name of 4 to 11 letters that sounds like the play's, with a wrong letter now and then."""
+    def invent(self, rng: random.Random) -> str:
+        """Returns a name of 4 to 11 letters, sampled from the trigrams of the text's names and 10% at random."""
         name = ""
         while not 4 <= len(name) <= 11:
             name, letter = "", "^^"
@@ -42,15 +42,15 @@ class NameAugmenter:
                 name += letter.strip("^")
                 pair = f"^^{name}"[-2:]
                 known = self.next_letter.get(pair)
-                letter = dice.choice(known) if known and dice.random() < 0.9 else dice.choice("AEIOURSTLNMCDP")
+                letter = rng.choice(known) if known and rng.random() < 0.9 else rng.choice("AEIOURSTLNMCDP")
         return name
 
     def copy(self, seed: int) -> str:
-        """The text with new names; the same ones for the same seed."""
-        dice, new = random.Random(seed), dict[str, str]()
+        """Returns the text with new names; the same seed gives the same names."""
+        rng, new = random.Random(seed), dict[str, str]()
         for name in self.names:
-            other = name if dice.random() < self.keep else self.invent(dice)
-            if other != name and dice.random() < 0.3:
-                other = dice.choice(self.names)  # known names in other roles
+            other = name if rng.random() < self.keep else self.invent(rng)
+            if other != name and rng.random() < 0.3:
+                other = rng.choice(self.names)  # an existing name in another role
             new |= {name: other, name.title(): other.title()}
         return "".join(new[part] if i % 2 else part for i, part in enumerate(self.parts))

@@ -1,4 +1,4 @@
-"""Tiny Shakespeare, or another text, as windows of tokens. Knows nothing of the model."""
+"""Reads a corpus: finds its files and decodes them as one UTF-8 text, piece by piece."""
 
 import codecs
 import glob
@@ -14,37 +14,35 @@ from ..errors import print_info
 from .encoding import MARKUP_MAGIC, describe_non_text, identify_format
 
 TINY_SHAKESPEARE = Path(__file__).parent / "tiny_shakespeare.txt"
-
-
-READ_BYTES = 2**22  # bytes that are read at a time
+READ_BYTES = 2**22  # bytes per read
 
 
 def find_files(corpus: str) -> list[Path]:
-    """The files meant by a path, a folder, a pattern such as `plays/*.txt`, or several of these between commas.
+    """Returns the files of a path, a folder, a pattern such as `plays/*.txt`, or a comma-separated list of these.
 
-    Hidden files and folders are no part of a folder: editors and notebooks keep copies there. In a pattern `*`, `?` and
-    `**` are wild; brackets are brackets.
+    Hidden files and folders inside a folder are skipped, because editors and notebooks keep copies there. In a pattern
+    `*`, `?` and `**` are wildcards; brackets stand for themselves.
 
     Raises:
-        ValueError: a folder without text. FileNotFoundError: nothing is there.
+        ValueError: a folder has no text, or an item of the list is empty. FileNotFoundError: nothing matches.
     """
     files: list[Path] = []
     for name in [corpus] if os.path.exists(corpus) else [part.strip() for part in corpus.split(",")]:
         if not name:
-            raise ValueError(f"data.corpus={corpus!r} has no file where one should be: leave out what is empty")
+            raise ValueError(f"data.corpus={corpus!r} has an empty item in its list of files: remove it")
         path = Path(name).expanduser()
         if path.is_dir():
             found = sorted(text_files(path))
             if not found:
                 raise ValueError(
-                    f"the folder {name} has no .txt file that isn't hidden: put some there, or give a pattern: "
+                    f"the folder {name} has no .txt file that isn't hidden: add one, or give a pattern such as "
                     f"'{name}/*.md'"
                 )
         elif path.exists():
             found = [path]
         else:
-            wild = str(path).replace("[", "[[]")
-            found = sorted(Path(file) for file in glob.glob(wild, recursive=True) if Path(file).is_file())
+            pattern = str(path).replace("[", "[[]")
+            found = sorted(Path(file) for file in glob.glob(pattern, recursive=True) if Path(file).is_file())
             if not found:
                 raise FileNotFoundError(
                     f"the corpus {name} does not exist: give a UTF-8 text file, a folder of .txt files or a pattern"
@@ -54,16 +52,16 @@ def find_files(corpus: str) -> list[Path]:
 
 
 def text_files(folder: Path) -> Iterator[Path]:
-    """The .txt files of a folder and those below it, but hidden ones.
+    """Yields the .txt files of a folder and its subfolders, except hidden ones.
 
     Raises:
         OSError: a folder can't be read.
     """
 
-    def refuse(error: OSError) -> None:
+    def raise_error(error: OSError) -> None:
         raise error
 
-    for root, folders, names in os.walk(folder, onerror=refuse):
+    for root, folders, names in os.walk(folder, onerror=raise_error):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in names:
             file = Path(root, name)
@@ -72,16 +70,17 @@ def text_files(folder: Path) -> Iterator[Path]:
 
 
 def decode_pieces(file: BinaryIO, name: str, keep_returns: bool, notes: Counter[str]) -> Iterator[str]:
-    """The text of UTF-8 bytes, without a byte order mark, and with \\n for \\r\\n and \\r, unless they are kept.
-
-    What was changed is counted in `notes`.
+    """Decodes UTF-8 in pieces, drops a byte order mark and converts \\r\\n and \\r to \\n.
 
     Args:
-        name: what an error calls the file.
+        name: the file's name in error messages.
+        keep_returns: leaves \\r\\n and \\r as they are.
+        notes: counts what was changed, for `report_changes`.
     Raises:
-        ValueError: the file is not text; names the offset, and what it may be. OSError: it can't be read.
+        ValueError: the file is not text; the message has the offset and the likely format or encoding.
+        OSError: the file can't be read.
     """
-    decoder, offset, held, head, before = codecs.getincrementaldecoder("utf-8")(), 0, "", b"", b""
+    decoder, offset, held_return, head, previous = codecs.getincrementaldecoder("utf-8")(), 0, "", b"", b""
     while True:
         data = file.read(READ_BYTES)
         head = head or data
@@ -90,27 +89,27 @@ def decode_pieces(file: BinaryIO, name: str, keep_returns: bool, notes: Counter[
         try:
             text = decoder.decode(data, final=not data)
         except UnicodeDecodeError as error:
-            at, byte = offset + len(data) - len(error.object) + error.start, error.object[error.start]
-            near = error.object if data else before  # at the end that is only what was held back of the piece before
-            here = len(near) - (offset + len(data) - at)
+            pos, byte = offset + len(data) - len(error.object) + error.start, error.object[error.start]
+            context = error.object if data else previous  # at the end error.object is only an incomplete character
+            index = len(context) - (offset + len(data) - pos)
             raise ValueError(
-                describe_non_text(name, f"byte 0x{byte:02x} at offset {at}", head, near, max(0, here))
+                describe_non_text(name, f"byte 0x{byte:02x} at offset {pos}", head, context, max(0, index))
             ) from None
-        before = data
+        previous = data
         if "\0" in text:
-            at = data.index(0)
-            raise ValueError(describe_non_text(name, f"a zero byte at offset {offset + at}", head, data, at))
+            index = data.index(0)
+            raise ValueError(describe_non_text(name, f"a zero byte at offset {offset + index}", head, data, index))
         if offset == 0 and text.startswith("\ufeff"):
             text = text[1:]
             notes["byte order mark"] += 1
         offset += len(data)
         if not keep_returns:
-            text = held + text
-            held = "\r" if text.endswith("\r") and data else ""
-            text = text[: len(text) - len(held)]
+            text = held_return + text
+            held_return = "\r" if text.endswith("\r") and data else ""  # the next piece may begin with its \n
+            text = text[: len(text) - len(held_return)]
             if "\r" in text:
-                notes["CRLF line end"] += (pairs := text.count("\r\n"))
-                notes["CR line end"] += text.count("\r") - pairs
+                notes["CRLF line ending"] += (pairs := text.count("\r\n"))
+                notes["CR line ending"] += text.count("\r") - pairs
                 text = text.replace("\r\n", "\n").replace("\r", "\n")
         if text:
             yield text
@@ -119,16 +118,16 @@ def decode_pieces(file: BinaryIO, name: str, keep_returns: bool, notes: Counter[
 
 
 def read_pieces(path: Path, keep_returns: bool, notes: Counter[str]) -> Iterator[str]:
-    """The text of a file of a corpus, as `decode_pieces` gives it."""
+    """Yields the text of a corpus file in pieces; see `decode_pieces`."""
     with open(path, "rb") as file:
         yield from decode_pieces(file, f"the corpus {path}", keep_returns, notes)
 
 
 def read_text(path: str, keep_returns: bool) -> str:
-    """The text of a file, or of stdin for `-`, as a corpus is read; what was changed is said.
+    """Returns the text of a file, or of stdin for `-`, decoded as a corpus is; changes to the text are reported.
 
     Raises:
-        ValueError: it is not text. OSError: it can't be read.
+        ValueError: the file is not text. OSError: the file can't be read.
     """
     notes, name = Counter[str](), "stdin" if path == "-" else path
     with nullcontext(sys.stdin.buffer) if path == "-" else open(path, "rb") as file:
@@ -138,10 +137,10 @@ def read_text(path: str, keep_returns: bool) -> str:
 
 
 def read_files(files: list[Path], keep_returns: bool, notes: Counter[str]) -> Iterator[str]:
-    """The texts of files one after the other, each but the last ending with a new line.
+    """Yields the concatenated text of files in pieces; a newline is added where a file before another lacks one.
 
     Raises:
-        ValueError: all are empty, or one is not text. OSError: one can't be read.
+        ValueError: all files are empty, or one is not text. OSError: a file can't be read.
     """
     last = ""
     for file in files:
@@ -151,27 +150,27 @@ def read_files(files: list[Path], keep_returns: bool, notes: Counter[str]) -> It
             yield piece
             last = piece[-1]
     if not last:
-        what = (
+        message = (
             f"the corpus {files[0]} is empty" if len(files) == 1 else f"all {len(files)} files of the corpus are empty"
         )
-        raise ValueError(what)
+        raise ValueError(message)
 
 
 def report_changes(notes: Counter[str], name: str = "the corpus") -> None:
-    """Say what of a text is not read as it stands."""
+    """Prints which changes `decode_pieces` made to a text."""
     if marks := notes["byte order mark"]:
-        print_info(f"{name} begins with a byte order mark{f' in {marks} files' if marks > 1 else ''}; it is left out")
-    for ends, kind in ("CRLF line end", "Windows line ends (CRLF)"), ("CR line end", "line ends of an old Mac (CR)"):
-        if count := notes[ends]:
-            print_info(f"{name} has {count:,} {kind}; they are read as plain new lines")
+        print_info(f"{name} begins with a byte order mark{f' in {marks} files' if marks > 1 else ''}; it is removed")
+    for note, line_endings in ("CRLF line ending", "Windows"), ("CR line ending", "old Mac"):
+        if count := notes[note]:
+            print_info(f"{name} has {count:,} {line_endings} line endings ({note.split()[0]}); they are read as \\n")
 
 
 def slice_text(pieces: Iterable[str], start: int, stop: int) -> Iterator[str]:
-    """The characters from `start` to `stop` of a text."""
-    at = 0
+    """Yields the characters from `start` to `stop` of a text in pieces."""
+    pos = 0
     for piece in pieces:
-        if at >= stop:
+        if pos >= stop:
             return
-        if wanted := piece[max(0, start - at) : stop - at]:
-            yield wanted
-        at += len(piece)
+        if part := piece[max(0, start - pos) : stop - pos]:
+            yield part
+        pos += len(piece)

@@ -1,4 +1,4 @@
-"""Tiny Shakespeare, or another text, as windows of tokens. Knows nothing of the model."""
+"""`TextDataModule`: Tiny Shakespeare or any other text, as windows of token ids."""
 
 import math
 import warnings
@@ -21,13 +21,13 @@ from .windows import RandomWindows, SequentialWindows, derive_seed, open_token_f
 
 
 class Corpus(NamedTuple):
-    """A text as token ids, split for training and validation."""
+    """A text as token ids (N,), split for training and validation."""
 
     tokenizer: Tokenizer
-    train_tokens: Tensor  # (N,), with name augmentation
+    train_tokens: Tensor  # with name augmentation
     val_tokens: Tensor
     text_tokens: Tensor  # the training split without name augmentation
-    length: int | None  # of the text in characters; None for token files
+    length: int | None  # characters of the text; None for token files
 
 
 def load_token_files(
@@ -38,27 +38,27 @@ def load_token_files(
     vocab_size: int | None,
     token_dtype: str,
 ) -> Corpus:
-    """Two files of token ids, memory-mapped; the arguments are those of `TextDataModule`.
+    """Memory-maps a training and a validation file of token ids; see `TextDataModule` for the arguments.
 
     Raises:
-        ValueError: the files and the vocabulary do not fit together. OSError: a file can't be read.
+        ValueError: the files do not match the vocabulary. OSError: a file can't be read.
     """
     if tokenizer in ("char", "bpe") and vocabulary is None:
-        raise ValueError(f"data.tokenizer={tokenizer} for token files needs the vocabulary that made them")
+        raise ValueError(f"data.tokenizer={tokenizer} for token files needs data.vocabulary, with which they were made")
     files, size = [file.strip() for file in token_files.split(",")], vocab_size
     if size is None and tokenizer == "gpt2":
         size = 50257
     if len(files) != 2 or not size:
         raise ValueError(
-            f"data.token_files={','.join(files)} with data.vocab_size={size}: give two files, to train and to "
-            "validate on (train.bin,val.bin), and their vocabulary size (50257 for GPT-2's)"
+            f"data.token_files={','.join(files)} with data.vocab_size={size}: give a training and a "
+            "validation file (train.bin,val.bin), and their vocabulary size (50257 for GPT-2's)"
         )
     train_tokens, val_tokens = (open_token_file(file, token_dtype, size) for file in files)
     state = {"tokenizer": tokenizer or "ids", "vocabulary": vocabulary, "on_unknown": on_unknown}
-    known = build_from_state(state, size)
-    if len(known) != size:
-        raise ValueError(f"data.vocab_size={size}, and data.vocabulary has {len(known)} tokens")
-    return Corpus(known, train_tokens, val_tokens, train_tokens, None)
+    built = build_from_state(state, size)
+    if len(built) != size:
+        raise ValueError(f"data.vocab_size={size} must be {len(built)}, the number of tokens in data.vocabulary")
+    return Corpus(built, train_tokens, val_tokens, train_tokens, None)
 
 
 def load_corpus(
@@ -71,79 +71,81 @@ def load_corpus(
     on_unknown: str,
     vocab_size: int | None,
 ) -> Corpus:
-    """Text files, split and encoded; the arguments are those of `TextDataModule`, `split` being two shares.
+    """Reads, splits and encodes text files; see `TextDataModule` for the arguments (`split` is a pair here).
 
     Raises:
-        ValueError: the text is empty, binary or has unknown characters. OSError: a file can't be read.
+        ValueError: the text is empty, not UTF-8 or has unknown characters. OSError: a file can't be read.
     """
     if tokenizer == "ids":
-        raise ValueError("data.tokenizer=ids is for token files: give data.token_files=train.bin,val.bin too")
+        raise ValueError("data.tokenizer=ids needs token files: add data.token_files=train.bin,val.bin")
 
     def bounds(length: int) -> tuple[int, int]:
         return int(split[0] * length), int(split[1] * length)
 
     kind, files = tokenizer or "char", [TINY_SHAKESPEARE] if corpus is None else find_files(corpus)
-    keep_returns = "\r" in (vocabulary or "")  # of characters: no other vocabulary has one
+    keep_returns = "\r" in (vocabulary or "")  # only a vocabulary of characters can have one
     large = sum(file.stat().st_size for file in files) >= CACHE_FROM_BYTES
     if large:
-        known, train_tokens, val_tokens, length = cached_tokens(
+        built, train_tokens, val_tokens, length = cached_tokens(
             files, bounds, kind, vocabulary, on_unknown, vocab_size, keep_returns
         )
         if name_augmentation:
-            print_info(f"data.name_augmentation={name_augmentation} is for small texts; this one goes without")
+            print_info(f"data.name_augmentation={name_augmentation} is for small texts; this one is not augmented")
     else:
         notes: Counter[str] = Counter()
         text = "".join(read_files(files, keep_returns, notes))
         report_changes(notes)
         length, (n, stop) = len(text), bounds(len(text))
-        known = build_tokenizer(kind, lambda: [text], lambda: [text[:n]], vocabulary, on_unknown, vocab_size)
-        dtype = smallest_dtype(len(known))
+        built = build_tokenizer(kind, lambda: [text], lambda: [text[:n]], vocabulary, on_unknown, vocab_size)
+        dtype = smallest_dtype(len(built))
         train_tokens, val_tokens = (
-            known.encode(part).to(dtype) if part else torch.empty(0, dtype=dtype) for part in (text[:n], text[n:stop])
+            built.encode(part).to(dtype) if part else torch.empty(0, dtype=dtype) for part in (text[:n], text[n:stop])
         )
-    if corpus is not None and not Path(corpus).expanduser().is_file():  # a folder or a pattern: say which files it is
+    if corpus is not None and not Path(corpus).expanduser().is_file():  # several files: say how many
         print_info(f"the corpus {corpus[:100]} is {len(files):,} files with {length:,} characters")
     text_tokens = train_tokens
     if name_augmentation and not large:
         augmenter = NameAugmenter(text[:n])
         copies = "".join(augmenter.copy(derive_seed(seed, k)) for k in range(name_augmentation))
-        copies = copies.translate(dict.fromkeys(map(ord, known.unknown(copies))))  # of invented names
+        copies = copies.translate(dict.fromkeys(map(ord, built.unknown(copies))))  # letters of invented names
         if copies:
-            train_tokens = torch.cat((train_tokens, known.encode(copies).to(dtype)))
-    return Corpus(known, train_tokens, val_tokens, text_tokens, length)
+            train_tokens = torch.cat((train_tokens, built.encode(copies).to(dtype)))
+    return Corpus(built, train_tokens, val_tokens, text_tokens, length)
 
 
 class TextDataModule(L.LightningDataModule):
-    """A text as windows of tokens: its first part to train on, the rest to validate and test on.
+    """Tiny Shakespeare or any other text, as windows of token ids.
+
+    The first part of the text is the training split, the rest the validation split, which is also the test split.
 
     Args:
-        corpus: a UTF-8 text file, a folder of .txt files, a pattern such as plays/*.md, or several of these between
-            commas; hidden files of a folder are left out. null is Tiny Shakespeare, which comes with the package. From
-            16 MB on its tokens are kept in a file below ~/.cache (XDG_CACHE_HOME) and mapped into memory.
+        corpus: a UTF-8 text file, a folder of .txt files, a pattern such as plays/*.md, or a comma-separated list of
+            these; hidden files in a folder are skipped. null is Tiny Shakespeare, which comes with the package. For
+            texts of 16 MB or more, token ids are written to ~/.cache (or XDG_CACHE_HOME) and memory-mapped.
         block_size: length of a window, in tokens.
-        batch_size: windows of one training batch over all devices together: more devices make a step
-            faster, never different.
-        split: share of the text to train on, between 0 and 1; the rest is the validation split. Two shares, such
-            as [0.81, 0.9], train up to the first and validate from there to the second: to tune settings without
-            a look at the real validation split.
-        name_augmentation: how often the training text is repeated with other speakers' names, see renaming.py.
-        seed: decides which windows make up batch k.
-        vocabulary: the characters that have a token id, or the merges of bpe; null takes those of the corpus. A
-            checkpoint brings its own.
-        tokenizer: char, byte, bpe (byte pairs of this corpus) or gpt2 (GPT-2's); null is char, or for token files none.
-        on_unknown: what to do with characters without an id: error; drop; replace, by one token for all of them, which
-            a new vocabulary learns from characters that occur once in the training text; extend, which gives each an
-            id of its own, for a text to fine-tune on.
-        token_files: two files of token ids in place of a corpus, "train.bin,val.bin", as nanoGPT makes them; they
-            may be larger than memory.
-        vocab_size: how many ids there are, the largest one and one more: of token files; for bpe to make (512);
-            for byte and gpt2 to round their number up.
-        token_dtype: the numbers in token files.
+        batch_size: windows in a training batch, over all devices together: the number of devices does not change what
+            a step learns from.
+        split: fraction of the text to train on, between 0 and 1; the rest is the validation split. Two fractions, such
+            as [0.81, 0.9], train on the text up to the first and validate between the two, to tune settings without
+            using the real validation split.
+        name_augmentation: number of copies of the training text with invented names to add, see augment.py.
+        seed: determines which windows make up batch k.
+        vocabulary: the characters that have a token id, or the merges of bpe; null builds it from the corpus. A
+            checkpoint stores its vocabulary.
+        tokenizer: char, byte, bpe (trained on this corpus) or gpt2; null is char, or ids for token files.
+        on_unknown: what to do with characters that have no id. error: stop; drop: remove them; replace: encode all as
+            one token, which a new vocabulary trains on the characters that occur once in the training text; extend: add
+            each to the vocabulary, to fine-tune on a text with new characters.
+        token_files: a training and a validation file of token ids instead of a corpus, "train.bin,val.bin", in
+            nanoGPT's format; they may be larger than memory.
+        vocab_size: number of token ids. Token files need it unless tokenizer is gpt2; bpe is trained to it (default
+            512); byte and gpt2 are padded to it.
+        token_dtype: integer type of the ids in token files.
     Raises:
-        ValueError: a text that is empty, binary, too short for one window or has unknown characters.
+        ValueError: the text is empty, not UTF-8, too short for one window or has unknown characters.
     """
 
-    vocab_size: int  # read by the link from data to model
+    vocab_size: int  # linked to model.vocab_size by the command line
 
     def __init__(
         self,
@@ -164,13 +166,13 @@ class TextDataModule(L.LightningDataModule):
         start, end = (split, 1.0) if isinstance(split, float) else split
         if not 0 < start < end <= 1:
             raise ValueError(
-                f"data.split={split} must be the share to train on, more than 0 and less than 1, or two such shares"
+                f"data.split={split} must be a fraction greater than 0 and less than 1, or two increasing fractions"
             )
         if batch_size < 1:
             raise ValueError(f"data.batch_size={batch_size} must be at least 1")
         if token_files and corpus is not None:
             raise ValueError(
-                f"data.token_files={token_files} and data.corpus={corpus} are two texts: give null for one"
+                f"data.token_files={token_files} and data.corpus={corpus} are two texts: set one of them to null"
             )
         if token_files:
             loaded = load_token_files(token_files, tokenizer, vocabulary, on_unknown, vocab_size, token_dtype)
@@ -180,56 +182,60 @@ class TextDataModule(L.LightningDataModule):
             )
         self.tokenizer, self.train_tokens, self.val_tokens, self.text_tokens, length = loaded
         vocab_size = self.vocab_size = len(self.tokenizer)
-        # plain values that describe the tokenizer: the hyper-parameters go into every checkpoint
+        # the hyper-parameters go into every checkpoint and have to describe the tokenizer
         if vocabulary is not None or not token_files:
             vocabulary = "".join(self.tokenizer.vocabulary)
         self.save_hyperparameters()
-        self.refuse_short(block_size, length, (start, end))
+        self.check_length(block_size, length, (start, end))
 
-    def refuse_short(self, block_size: int, length: int | None, shares: tuple[float, float]) -> None:
-        """Raises ValueError if a split has no window; `length` is the text's in characters, if there is a text."""
+    def check_length(self, block_size: int, length: int | None, split: tuple[float, float]) -> None:
+        """Raises ValueError if a split has less than one window.
+
+        Args:
+            length: characters of the text; None for token files.
+            split: where the training and the validation split end, as fractions of the text.
+        """
         parts = {"training": len(self.text_tokens), "validation": len(self.val_tokens)}
         for name, tokens in parts.items():
             if tokens > block_size:
                 continue
-            of, remedy = "tokens", "take a longer text"
+            unit, remedy = "tokens", "use a longer text"
             if length is not None:
-                of = f"of the text's {length:,} characters" if tokens <= length else "tokens"
-                per_token = length * shares[1] / max(1, sum(parts.values()))  # characters, about
-                share = min(shares[0], shares[1] - shares[0])
-                needed = math.ceil((block_size + 1) * max(1.0, per_token) / share) + 1
-                remedy = f"that takes a text of some {needed:,} characters at data.split={shares[0]}"
-            smaller = min(parts.values()) - 1
+                unit = f"of the text's {length:,} characters" if tokens <= length else "tokens"
+                chars_per_token = length * split[1] / max(1, sum(parts.values()))  # approximately
+                fraction = min(split[0], split[1] - split[0])
+                needed = math.ceil((block_size + 1) * max(1.0, chars_per_token) / fraction) + 1
+                remedy = f"use a text of about {needed:,} characters at data.split={split[0]}"
+            max_block_size = min(parts.values()) - 1
             raise ValueError(
-                f"the {name} split has {tokens:,} {of}, too few for one window of block_size={block_size} "
-                f"and the one after it: {remedy}"
-                + (f", or --model.block_size {smaller} at most" if smaller > 0 else "")
+                f"the {name} split has {tokens:,} {unit}, too few for one window of block_size={block_size} "
+                f"and its last target: {remedy}"
+                + (f", or --model.block_size {max_block_size} or less" if max_block_size > 0 else "")
             )
 
-    def refuse_unequal_shares(self, devices: int) -> None:
+    def check_batch_size(self, devices: int) -> None:
+        """Raises ValueError if the global batch can't be divided equally among the devices."""
         batch_size = self.hparams.batch_size
         if batch_size % devices:
             low = batch_size // devices * devices
             nearest = f"{low} or {low + devices}" if low else f"{devices}"
-            raise ValueError(
-                f"data.batch_size={batch_size} can't be shared equally by {devices} devices: take {nearest}"
-            )
+            raise ValueError(f"data.batch_size={batch_size} is not divisible by the {devices} devices: use {nearest}")
 
     def train_dataloader(self) -> RandomWindows:
         t, hp = self.trainer, self.hparams
-        self.refuse_unequal_shares(t.world_size)
+        self.check_batch_size(t.world_size)
         if not isinstance(t.limit_train_batches, int) and (t.max_epochs or 0) > 0:
             raise ValueError(
-                f"trainer.max_epochs={t.max_epochs}: windows are drawn without end, so no epoch ends; give max_steps, "
-                "or say by limit_train_batches how many batches an epoch has"
+                f"trainer.max_epochs={t.max_epochs}: random windows never run out, so no epoch ends: give max_steps, "
+                "or the number of batches in an epoch as limit_train_batches"
             )
 
-        warnings.filterwarnings("ignore", ".*your dataloader is not resumable.*")  # by its numbers it is
+        warnings.filterwarnings("ignore", ".*your dataloader is not resumable.*")  # it resumes by batch number
 
         def numbers() -> Iterator[int]:
-            """Of the batches from here on: epochs go on in one endless row, except that overfit_batches repeats."""
-            seen, n = t.fit_loop.total_batch_idx + 1, t.overfit_batches  # `seen` as the Trainer has restored it
-            return (k % n for k in count(seen)) if isinstance(n, int) and n else count(seen)
+            """Yields the numbers of the remaining batches, consecutive across epochs; overfit_batches repeats some."""
+            start, n = t.fit_loop.total_batch_idx + 1, t.overfit_batches  # `start` is restored from a checkpoint
+            return (k % n for k in count(start)) if isinstance(n, int) and n else count(start)
 
         return RandomWindows(
             self.train_tokens, hp.block_size, hp.batch_size, hp.seed, numbers, t.global_rank, t.world_size
@@ -237,13 +243,13 @@ class TextDataModule(L.LightningDataModule):
 
     def val_dataloader(self) -> SequentialWindows:
         t, hp = self.trainer, self.hparams
-        share = max(1, hp.batch_size // t.world_size)
-        return SequentialWindows(self.val_tokens, hp.block_size, share, t.global_rank, t.world_size)
+        per_rank = max(1, hp.batch_size // t.world_size)
+        return SequentialWindows(self.val_tokens, hp.block_size, per_rank, t.global_rank, t.world_size)
 
     def test_dataloader(self) -> SequentialWindows:
         return self.val_dataloader()
 
     def on_after_batch_transfer(self, window: Tensor, dataloader_idx: int) -> tuple[Tensor, Tensor]:
-        """Inputs and targets (B, T), int64: tokens travel to the device in their smallest type."""
+        """Returns inputs and targets (B, T), int64; until here tokens have the smallest dtype, to copy fewer bytes."""
         window = window.long()
         return window[:, :-1], window[:, 1:]

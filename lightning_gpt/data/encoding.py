@@ -1,31 +1,31 @@
-"""What a file is that is no UTF-8 text: its format, or its encoding, and how to make text of it."""
+"""Identifies the format or encoding of a file that is not UTF-8 text, and says how to convert it."""
 
 import codecs
 
-MARKUP_MAGIC = b"%PDF-", b"{\\rtf"  # these formats may be UTF-8 all the same
-FORMAT_MAGIC = {  # by their first bytes
-    b"%PDF-": "a PDF file: make text of it, such as with pdftotext",
-    b"{\\rtf": "a rich text file (RTF): save it as plain text, in UTF-8",
-    b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1": "a file of an older Office (.doc, .xls): save it as plain text, in UTF-8",
-    b"\x1f\x8b": "compressed (gzip): unpack it, such as with gunzip",
-    b"BZh": "compressed (bzip2): unpack it, such as with bunzip2",
-    b"\xfd7zXZ\0": "compressed (xz): unpack it, such as with unxz",
-    b"\x28\xb5\x2f\xfd": "compressed (zstd): unpack it, such as with unzstd",
+MARKUP_MAGIC = b"%PDF-", b"{\\rtf"  # files of these formats may be valid UTF-8
+FORMAT_MAGIC = {  # first bytes of a file: what it is
+    b"%PDF-": "a PDF file: convert it to text, for example with pdftotext",
+    b"{\\rtf": "a rich text file (RTF): save it as plain text in UTF-8",
+    b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1": "an old Microsoft Office file (.doc, .xls): save it as plain text in UTF-8",
+    b"\x1f\x8b": "compressed (gzip): decompress it, for example with gunzip",
+    b"BZh": "compressed (bzip2): decompress it, for example with bunzip2",
+    b"\xfd7zXZ\0": "compressed (xz): decompress it, for example with unxz",
+    b"\x28\xb5\x2f\xfd": "compressed (zstd): decompress it, for example with unzstd",
     b"7z\xbc\xaf\x27\x1c": "a 7z archive: unpack it",
     b"Rar!\x1a\x07": "a RAR archive: unpack it",
-    b"\x89PNG\r\n\x1a\n": "a picture (PNG), and no text",
-    b"\xff\xd8\xff": "a picture (JPEG), and no text",
-    b"GIF8": "a picture (GIF), and no text",
+    b"\x89PNG\r\n\x1a\n": "an image (PNG), not text",
+    b"\xff\xd8\xff": "an image (JPEG), not text",
+    b"GIF8": "an image (GIF), not text",
     b"PK\x03\x04": "a zip archive: unpack it",
 }
-ZIP_DOCUMENTS = {  # archives that are documents have such names at their beginning
-    b"word/": "a Word document (.docx): save it as plain text, in UTF-8",
-    b"xl/": "an Excel workbook (.xlsx): save what you want of it as plain text, in UTF-8",
-    b"ppt/": "a PowerPoint file (.pptx): save it as plain text, in UTF-8",
-    b"opendocument.": "an OpenDocument file: save it as plain text, in UTF-8",
-    b"epub+zip": "an e-book (EPUB): make text of it, such as with pandoc -t plain",
+ZIP_DOCUMENTS = {  # file name near the start of a zip archive: the document that it is
+    b"word/": "a Word document (.docx): save it as plain text in UTF-8",
+    b"xl/": "an Excel workbook (.xlsx): save the cells you need as plain text in UTF-8",
+    b"ppt/": "a PowerPoint file (.pptx): save it as plain text in UTF-8",
+    b"opendocument.": "an OpenDocument file: save it as plain text in UTF-8",
+    b"epub+zip": "an e-book (EPUB): convert it to text, for example with pandoc -t plain",
 }
-ENCODINGS = {  # Python's names and iconv's; where two fit as well, the one that is more common comes first
+ENCODINGS = {  # Python's name: iconv's name; of equally good matches, the more common encoding comes first
     "utf_16": "UTF-16",
     "utf_16_le": "UTF-16LE",
     "utf_16_be": "UTF-16BE",
@@ -52,58 +52,60 @@ ENCODINGS = {  # Python's names and iconv's; where two fit as well, the one that
 
 
 def identify_format(head: bytes) -> str:
-    """What a file with these first bytes is, and what to do with it; empty if nobody knows."""
-    found = next((what for magic, what in FORMAT_MAGIC.items() if head.startswith(magic)), "")
+    """Returns what a file with these first bytes is and how to convert it; empty if unknown."""
+    description = next((what for magic, what in FORMAT_MAGIC.items() if head.startswith(magic)), "")
     if head.startswith(b"PK"):
-        return next((what for name, what in ZIP_DOCUMENTS.items() if name in head[:8192]), found)
-    return found
+        return next((what for name, what in ZIP_DOCUMENTS.items() if name in head[:8192]), description)
+    return description
 
 
 def candidate_encodings(data: bytes) -> list[str]:
-    """The encodings of ENCODINGS in which some bytes read as text of a language, the likeliest one first."""
-    from charset_normalizer import from_bytes  # here, as a file that is text does not need it
+    """Returns the encodings in which the bytes are plausible text of some language, in the order of ENCODINGS."""
+    from charset_normalizer import from_bytes  # imported here because UTF-8 text does not need it
 
-    wide = b"\0" in data or data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))  # a zero for each new line
-    asked = [name for name in ENCODINGS if wide == name.startswith("utf")]
+    # in UTF-16 and UTF-32 each newline has a zero byte
+    is_wide = b"\0" in data or data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    candidates = [name for name in ENCODINGS if is_wide == name.startswith("utf")]
+    data = data[: len(data) // 2 * 2] if is_wide else data
     found = [
         (name, match.chaos, match.coherence)
-        for match in from_bytes(data[: len(data) // 2 * 2] if wide else data, cp_isolation=asked, enable_fallback=False)
+        for match in from_bytes(data, cp_isolation=candidates, enable_fallback=False)
         for name in match.could_be_from_charset
-        if name in asked and (not wide or min(str(match)) < "\x80")
+        if name in candidates and (not is_wide or min(str(match)) < "\x80")
     ]
-    found = [one for one in found if one[1] <= min(chaos for _, chaos, _ in found) + 0.07]
-    found = [one for one in found if one[2] >= max(coherence for *_, coherence in found) - 0.1]
-    return sorted((name for name, *_ in found), key=asked.index)
+    found = [match for match in found if match[1] <= min(chaos for _, chaos, _ in found) + 0.07]
+    found = [match for match in found if match[2] >= max(coherence for *_, coherence in found) - 0.1]
+    return sorted((name for name, *_ in found), key=candidates.index)
 
 
-def describe_non_text(name: str, what: str, head: bytes, data: bytes, at: int) -> str:
-    """The sentence about a file that is no UTF-8 text.
+def describe_non_text(name: str, reason: str, head: bytes, data: bytes, index: int) -> str:
+    """Returns the error message for a file that is not UTF-8 text.
 
     Args:
-        name: what to call the file.
-        what: what of it is wrong.
-        head: its beginning.
-        data: its bytes around the place, of which the one `at` is the first that does not fit.
+        name: the file's name in the message.
+        reason: which byte is invalid.
+        head: the first bytes of the file.
+        data: the bytes around the first invalid one, which is at `index`.
     """
     if known := identify_format(head):
         return f"{name} is {known}"
-    mended = data.decode(errors="replace")
-    if sum(c > "\x7f" for c in mended) > 4 * mended.count("\ufffd"):
-        remedy = "iconv -c -f UTF-8 -t UTF-8" if data[at] else "tr -d '\\000'"
-        return f"{name} is UTF-8 text that is damaged: {what}; mend it, or leave such bytes out with {remedy}"
-    start = data.rfind(b"\n", 0, at - 2**15) + 1 if at > 2**15 else 0  # no character is cut at the end of a line
-    end = data.find(b"\n", at + 2**15)
+    repaired = data.decode(errors="replace")
+    if sum(c > "\x7f" for c in repaired) > 4 * repaired.count("\ufffd"):
+        remedy = "iconv -c -f UTF-8 -t UTF-8" if data[index] else "tr -d '\\000'"
+        return f"{name} is damaged UTF-8 text: {reason}; repair it, or remove such bytes with {remedy}"
+    start = data.rfind(b"\n", 0, index - 2**15) + 1 if index > 2**15 else 0  # full lines cut no character
+    end = data.find(b"\n", index + 2**15)
     part = data[start : end if end >= 0 else len(data)]
-    here, readings = at - start, dict[str, str]()
+    index, readings = index - start, dict[str, str]()  # readings: text shown -> encoding
     for encoding in candidate_encodings(part):
-        place = len(part[:here].decode(encoding, "ignore"))
+        pos = len(part[:index].decode(encoding, "ignore"))
         text = part.decode(encoding, "replace").replace("\ufeff", "")
-        readings.setdefault(" ".join(text[max(0, place - 15) : place + 15].split()), ENCODINGS[encoding])
+        readings.setdefault(" ".join(text[max(0, pos - 15) : pos + 15].split()), ENCODINGS[encoding])
     if not readings:
-        return f"{name} is not UTF-8 text: {what}; it is a binary file, or in an encoding that is rare"
+        return f"{name} is not UTF-8 text: {reason}; it is a binary file or has a rare encoding"
     shown = list(readings.items())[:3]
     best = shown[0][1]
     return (
-        f"{name} is not UTF-8 text: {what}; there it reads {', '.join(f'{text!r} as {name}' for text, name in shown)}: "
-        f"convert it{' from what is right' * (len(shown) > 1)}, such as with iconv -f {best} -t UTF-8"
+        f"{name} is not UTF-8 text: {reason}; it reads {', '.join(f'{text!r} as {name}' for text, name in shown)}: "
+        f"convert it{' from the right one' * (len(shown) > 1)}, for example with iconv -f {best} -t UTF-8"
     )

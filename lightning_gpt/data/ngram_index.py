@@ -1,15 +1,15 @@
-"""How much of a text stands word for word in the training text. NumPy only."""
+"""Finds passages that a text copies verbatim from the training text."""
 
 import numpy as np
 from torch import Tensor
 
 
 class NgramIndex:
-    """Looks up runs of tokens in a training text; exact, as n-grams are compared whole and not by a hash.
+    """A sorted index of the n-grams of a training text; exact, because all n ids are compared and not a hash of them.
 
     Args:
-        tokens: ids of the training text, (N,); of a longer one, the first LIMIT.
-        vocab_size: decides n: as many ids as fit into 64 bits, 8 at most, and no more than the text has.
+        tokens: ids of the training text, (N,); only the first LIMIT are indexed.
+        vocab_size: determines n, the number of ids that fit into 64 bits, limited to 8 and to the text's length.
     """
 
     LIMIT = 10_000_000
@@ -19,39 +19,42 @@ class NgramIndex:
         self.text = tokens[: self.LIMIT].numpy().astype(np.int64)
         self.n = min(8, 64 // self.bits, len(self.text))
         grams = self.grams(self.text)
-        self.places = np.argsort(grams, kind="stable")  # of each n-gram in the text, equal ones side by side
-        self.sorted = grams[self.places]
+        self.positions = np.argsort(grams, kind="stable")  # of the n-grams in sorted order
+        self.sorted = grams[self.positions]
 
     def grams(self, ids: np.ndarray) -> np.ndarray:
-        """Every n ids in a row as one number, (T - n + 1,)."""
+        """Packs each n consecutive ids into one uint64, (T - n + 1,)."""
         ids, last = ids.astype(np.uint64), len(ids) - self.n + 1
-        numbers = ids[:last].copy()
+        packed = ids[:last].copy()
         for k in range(1, self.n):
-            numbers |= ids[k : last + k] << np.uint64(self.bits * k)
-        return numbers
+            packed |= ids[k : last + k] << np.uint64(self.bits * k)
+        return packed
 
     def find(self, tokens: Tensor) -> tuple[int, int, float]:
-        """The longest run of `tokens` (T,) that stands in the text, as start and length, and the share of its n-grams
-        that do; runs shorter than n count as none, 0."""
+        """Finds the longest run of `tokens` (T,) that occurs in the training text.
+
+        Returns:
+            start and length of the run (0, 0 if it is shorter than n), and the fraction of n-grams that occur.
+        """
         ids = tokens.cpu().numpy().astype(np.int64)
         if len(ids) < self.n:
             return 0, 0, 0.0
         grams = self.grams(ids)
         low, high = (np.searchsorted(self.sorted, grams, side) for side in ("left", "right"))
-        there = low < high
-        ends = np.flatnonzero(np.append(~there, True))  # of rows of n-grams that all are in the text
+        found = low < high
+        ends = np.flatnonzero(np.append(~found, True))  # of runs of n-grams that occur
         start = length = 0
-        for i in np.flatnonzero(there):
-            end = int(ends[np.searchsorted(ends, i)]) + self.n - 1  # no run from i reaches further
+        for i in np.flatnonzero(found):
+            end = int(ends[np.searchsorted(ends, i)]) + self.n - 1  # upper bound for a run from i
             if end - i <= length:
                 continue
-            places, k = self.places[low[i] : high[i]], self.n
+            positions, k = self.positions[low[i] : high[i]], self.n
             while i + k < end:
-                places = places[places + k < len(self.text)]
-                places = places[self.text[places + k] == ids[i + k]]
-                if not len(places):
+                positions = positions[positions + k < len(self.text)]
+                positions = positions[self.text[positions + k] == ids[i + k]]
+                if not len(positions):
                     break
                 k += 1
             if k > length:
                 start, length = int(i), k
-        return start, length, float(there.mean())
+        return start, length, float(found.mean())

@@ -1,4 +1,4 @@
-"""Token ids of large texts, written to disk once and memory-mapped from then on."""
+"""Encodes large texts once, to a file of token ids in a cache folder, which is then memory-mapped."""
 
 import errno
 import hashlib
@@ -22,21 +22,17 @@ from ..errors import print_info
 from .corpus import READ_BYTES, read_files, report_changes, slice_text
 from .tokenizers import Tokenizer, build_from_state, build_tokenizer, cut_at_spaces
 
-CACHE_FROM_BYTES = 2**24  # bytes of text from which on its tokens go through a file
-BPE_SAMPLE_CHARS = (
-    2**25
-)  # characters that are enough to find merges in; a longer training split gives a part of its pieces
-
-
-# --- large texts ------------------------------------------------------------------------------------------------------
+CACHE_FROM_BYTES = 2**24  # size of the smallest text whose tokens are cached
+BPE_SAMPLE_CHARS = 2**25  # characters to train BPE on; of a longer training split every k-th piece is used
 
 
 def cache_dir() -> Path:
+    """Returns the cache folder; creates it if necessary."""
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lightning-gpt"
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OSError(f"tokens of large texts are kept in {folder}, and {error}: set XDG_CACHE_HOME") from None
+        raise OSError(f"the token cache {folder} can't be created ({error}): set XDG_CACHE_HOME") from None
     return folder
 
 
@@ -49,30 +45,30 @@ def cached_tokens(
     size: int | None,
     keep_returns: bool,
 ) -> tuple[Tokenizer, Tensor, Tensor, int]:
-    """The tokenizer of a large text, its tokens to train and to validate on, mapped into memory, and its characters.
+    """Returns the tokenizer of a large text, its memory-mapped training and validation tokens, and its length.
 
-    Tokens are written to the cache folder the first time, under a name made of the files' paths, sizes and times, the
-    split and the tokenizer.
+    The first call writes the tokens to the cache folder, in a file named by a hash of the text files' paths, sizes and
+    times, the split and the tokenizer settings.
 
     Args:
-        bounds: where the training part ends and where the validation part does, in a text of so many characters.
+        bounds: maps the text's length in characters to the ends of its training and validation split.
     """
     folder = cache_dir()
-    facts = [(file, file.stat()) for file in files]
-    # the time of modification may be set back, as cp -p and rsync do; that of the change of it may not
-    stat = [(str(file.resolve()), now.st_size, now.st_mtime_ns, now.st_ctime_ns) for file, now in facts]
+    stats = [(file, file.stat()) for file in files]
+    # cp -p and rsync set the modification time (mtime) to that of the source; ctime can't be set
+    identity = [(str(file.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for file, stat in stats]
 
-    def named(vocabulary: str | None, on_unknown: str, size: int | None) -> Path:
-        asked = json.dumps([2, stat, bounds(10**12), kind, vocabulary, on_unknown, size, keep_returns])
-        return folder / f"{hashlib.sha256(asked.encode()).hexdigest()[:24]}.json"
+    def meta_path(vocabulary: str | None, on_unknown: str, size: int | None) -> Path:
+        key = json.dumps([2, identity, bounds(10**12), kind, vocabulary, on_unknown, size, keep_returns])
+        return folder / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
 
-    with FileLock(folder / "lock"):  # other processes would do the same work again
+    with FileLock(folder / "lock"):  # so that other processes wait and do not repeat the work
         with suppress(OSError, ValueError, KeyError):
-            told = json.loads(named(vocabulary, on_unknown, size).read_text(encoding="utf-8"))
-            if (folder / told["file"]).stat().st_size == told["bytes"]:
-                return open_cache(folder, told)
-        megabytes = sum(now.st_size for _, now in facts) / 1e6
-        print_info(f"{megabytes:,.0f} MB of text are read, and become tokens, once, in {folder}")
+            meta = json.loads(meta_path(vocabulary, on_unknown, size).read_text(encoding="utf-8"))
+            if (folder / meta["file"]).stat().st_size == meta["bytes"]:
+                return open_cache(folder, meta)
+        megabytes = sum(stat.st_size for _, stat in stats) / 1e6
+        print_info(f"encoding {megabytes:,.0f} MB of text once; the tokens are kept in {folder}")
         notes: Counter[str] = Counter()
 
         def text() -> Iterator[str]:
@@ -81,54 +77,55 @@ def cached_tokens(
         length = sum(map(len, text()))
         report_changes(notes)
         n, stop = bounds(length)
-        every = math.ceil(n / BPE_SAMPLE_CHARS) if kind == "bpe" else 1
+        step = math.ceil(n / BPE_SAMPLE_CHARS) if kind == "bpe" else 1
 
         def training_text() -> Iterator[str]:
-            return islice(slice_text(text(), 0, n), 0, None, every)
+            return islice(slice_text(text(), 0, n), 0, None, step)
 
         tokenizer = build_tokenizer(kind, text, training_text, vocabulary, on_unknown, size)
         resolved, policy = "".join(tokenizer.vocabulary), getattr(tokenizer, "on_unknown", on_unknown)
-        target = named(resolved, policy, len(tokenizer)).with_suffix(".tokens")
+        target = meta_path(resolved, policy, len(tokenizer)).with_suffix(".tokens")
         dtype = np.dtype(np.uint8 if len(tokenizer) <= 2**8 else np.uint16 if len(tokenizer) <= 2**16 else np.uint32)
-        draft, counts = target.with_suffix(f".{os.getpid()}"), []
+        tmp, counts = target.with_suffix(f".{os.getpid()}"), []
         try:
-            with open(draft, "wb") as out, tqdm(total=stop, unit="char", unit_scale=True, disable=None) as bar:
+            with open(tmp, "wb") as out, tqdm(total=stop, unit="char", unit_scale=True, disable=None) as bar:
                 for start, end in (0, n), (n, stop):
                     before = out.tell()
                     for piece in cut_at_spaces(slice_text(text(), start, end), READ_BYTES // 2):
                         out.write(tokenizer.encode(piece).numpy().astype(dtype).data)
                         bar.update(len(piece))
                     counts.append((out.tell() - before) // dtype.itemsize)
-            os.replace(draft, target)
+            os.replace(tmp, target)
         except OSError as error:
             if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
                 raise
             raise OSError(
-                f"the tokens do not go to {folder} ({error.strerror}): make room, or set XDG_CACHE_HOME to a folder "
-                "that has it"
+                f"the tokens can't be written to {folder} ({error.strerror}): make room, or set XDG_CACHE_HOME to a "
+                "folder with enough space"
             ) from None
         finally:
-            draft.unlink(missing_ok=True)
-        told = {"file": target.name, "bytes": target.stat().st_size, "type": dtype.name, "parts": counts}
-        told |= {"characters": length, "size": len(tokenizer)}
-        told |= {"tokenizer": kind, "vocabulary": resolved, "on_unknown": policy}
-        asked = {(vocabulary, on_unknown, size), (resolved, policy, size)}
-        asked.add((resolved, policy, len(tokenizer)))  # as a checkpoint asks
-        for path in {named(*names) for names in asked}:
-            draft = path.with_suffix(f".{os.getpid()}")
-            draft.write_text(json.dumps(told), encoding="utf-8")
-            os.replace(draft, path)
-        return open_cache(folder, told)
+            tmp.unlink(missing_ok=True)
+        meta = {"file": target.name, "bytes": target.stat().st_size, "type": dtype.name, "parts": counts}
+        meta |= {"characters": length, "size": len(tokenizer)}
+        meta |= {"tokenizer": kind, "vocabulary": resolved, "on_unknown": policy}
+        requests = {(vocabulary, on_unknown, size), (resolved, policy, size)}
+        requests.add((resolved, policy, len(tokenizer)))  # from a checkpoint
+        for path in {meta_path(*request) for request in requests}:
+            tmp = path.with_suffix(f".{os.getpid()}")
+            tmp.write_text(json.dumps(meta), encoding="utf-8")
+            os.replace(tmp, path)
+        return open_cache(folder, meta)
 
 
 def memory_map(path: str | Path, token_dtype: str) -> Tensor:
-    """A file of numbers, mapped into memory and not read: it may be larger than that."""
-    with warnings.catch_warnings():  # torch's, as nobody may write there; a map to write to would have to fit in memory
+    """Memory-maps a file of integers, read-only; the file may be larger than memory."""
+    with warnings.catch_warnings():  # torch warns of read-only arrays; a writable map would have to fit in memory
         warnings.simplefilter("ignore")
         return torch.from_numpy(np.memmap(path, dtype=token_dtype, mode="r"))
 
 
-def open_cache(folder: Path, told: dict) -> tuple[Tokenizer, Tensor, Tensor, int]:
-    ids = memory_map(folder / told["file"], told["type"])
-    n, m = told["parts"]
-    return build_from_state(told, told["size"]), ids[:n], ids[n : n + m], told["characters"]
+def open_cache(folder: Path, meta: dict) -> tuple[Tokenizer, Tensor, Tensor, int]:
+    """Returns what `cached_tokens` does, from the metadata of a file that is in the cache."""
+    ids = memory_map(folder / meta["file"], meta["type"])
+    n, m = meta["parts"]
+    return build_from_state(meta, meta["size"]), ids[:n], ids[n : n + m], meta["characters"]

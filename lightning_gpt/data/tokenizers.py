@@ -1,9 +1,9 @@
-"""Text to token ids and back: characters, bytes, byte pairs, GPT-2's. What it takes to rebuild one is plain data.
+"""Tokenizers: characters, bytes, byte pairs (BPE) and GPT-2's. Each is rebuilt from a dict of plain values.
 
-A tokenizer has `encode` (text to int64 ids), `decode`, `decode_bytes` (ids to UTF-8, which may end within a character),
-`unknown` (what of a text has no id), `len`, and `characters`: how many characters of the text each id stands for, so
-that losses over different vocabularies compare. An id of several bytes counts those bytes that begin a character, so
-the counts of a text's tokens add up to its length.
+A tokenizer has `encode` (text to int64 ids), `decode`, `decode_bytes` (ids to UTF-8, which may end inside a character),
+`unknown` (the parts of a text that have no id), `len`, and `chars_per_token`, with which losses over different
+vocabularies can be compared. It counts the bytes of each id that begin a character, so that the counts of a text's
+tokens sum to its length.
 """
 
 import json
@@ -21,14 +21,14 @@ from torch import Tensor
 
 from ..errors import import_optional, print_info
 
-REPLACEMENT = "\ufffd"  # what stands for a character without an id of its own
+REPLACEMENT = "\ufffd"  # represents characters without an id
 SPACE_BOUNDARY = re.compile(r"\S(?=[ \n])")
-MAX_WORD = 2**10  # characters of a word, before it is cut: finding pairs takes a time of the square of a word's length
-MAX_CACHED_WORD = 2**6  # characters of a word whose ids are kept, as it may come again
+MAX_WORD = 2**10  # characters; longer words are split, because the time to train BPE is quadratic in a word's length
+MAX_CACHED_WORD = 2**6  # characters; the ids of longer words are not cached, as they rarely recur
 
 
 def run_in_thread(work: Callable[[], None]) -> None:
-    """Do a long work of a library that lets Python go on meanwhile, so that Ctrl-C is heard at once."""
+    """Runs a library call that releases the GIL in a thread, so that Ctrl-C interrupts it at once."""
     failed, done = list[BaseException](), Event()
 
     def run() -> None:
@@ -39,31 +39,31 @@ def run_in_thread(work: Callable[[], None]) -> None:
         done.set()
 
     Thread(target=run, daemon=True).start()
-    while not done.wait(0.2):  # Windows hears nothing during a wait without an end
+    while not done.wait(0.2):  # Windows ignores Ctrl-C during a wait without a timeout
         pass
     if failed:
         raise failed[0]
 
 
 def _code_points(text: str) -> Tensor:
-    """Unicode code points of a text, int32 (T,); in one go, as a loop over a million characters is slow."""
+    """Returns the Unicode code points of a text, int32 (T,), without a loop over its characters."""
     data = bytearray(text.encode("utf-32-le", "surrogatepass"))
     return torch.frombuffer(data, dtype=torch.int32) if text else torch.empty(0).int()
 
 
 class CharTokenizer:
-    """One token per character; a character's id is its place in `vocabulary`.
+    """One token per character; a character's id is its index in `vocabulary`.
 
     Args:
-        vocabulary: the characters; a longer vocabulary that begins with this one leaves all ids as they are.
-        on_unknown: other characters are an error, or drop out, or become one token, written as U+FFFD (replace).
+        vocabulary: the characters; characters added at the end do not change the other ids.
+        on_unknown: error raises an error for other characters, drop removes them, replace encodes them as U+FFFD.
     """
 
     def __init__(self, vocabulary: str, on_unknown: str = "error"):
         self.on_unknown = on_unknown
         self.vocabulary = "".join(dict.fromkeys(vocabulary + (REPLACEMENT if on_unknown == "replace" else "")))
         codes = _code_points(self.vocabulary).long()
-        self._id_of = torch.full((max(codes.tolist(), default=0) + 2,), -1)  # the last one: all codes beyond
+        self._id_of = torch.full((max(codes.tolist(), default=0) + 2,), -1)  # the last entry: larger code points
         self._id_of[codes] = torch.arange(len(codes))
 
     def __len__(self) -> int:
@@ -74,15 +74,14 @@ class CharTokenizer:
         return torch.ones(len(self), dtype=torch.int64)
 
     def unknown(self, text: str) -> str:
-        """The characters of `text` that have no id, sorted."""
+        """Returns the characters of `text` that have no id, sorted."""
         return "".join(sorted(set(text) - set(self.vocabulary)))
 
     def encode(self, text: str) -> Tensor:
-        """Token ids (T,), int64.
+        """Returns token ids (T,), int64.
 
         Raises:
-            ValueError: a character is not in the vocabulary and that is an error; all such characters are named. Or
-                all have dropped out.
+            ValueError: on_unknown is error and some characters are unknown, or it is drop and all are; names them.
         """
         ids = self._id_of[_code_points(text).clamp(max=len(self._id_of) - 1)]
         known = ids >= 0
@@ -94,8 +93,8 @@ class CharTokenizer:
             return ids[known]
         raise ValueError(
             f"the text has characters that this vocabulary of {len(self)} lacks: {self.unknown(text)[:40]!r}; "
-            "leave them out, or train with --data.on_unknown drop, replace or extend. "
-            f"It knows {self.vocabulary[:100]!r}"
+            "remove them, or train with --data.on_unknown drop, replace or extend. "
+            f"The vocabulary is {self.vocabulary[:100]!r}"
         )
 
     def decode(self, ids: Tensor) -> str:
@@ -106,14 +105,14 @@ class CharTokenizer:
 
 
 def _join_bytes(pieces: list[bytes], ids: Sequence[int]) -> bytes:
-    """The bytes of ids whose bytes are `pieces`; an id without a meaning is no UTF-8, and shows as U+FFFD."""
+    """Joins the bytes of ids; an id beyond `pieces` becomes an invalid byte, which decodes to U+FFFD."""
     return b"".join(pieces[i] if i < len(pieces) else b"\xff" for i in ids)
 
 
 def _chars_per_token(pieces: list[bytes], size: int) -> Tensor:
-    """How many characters begin in each id's bytes, (size,)."""
-    begun = [sum(byte & 0xC0 != 0x80 for byte in piece) for piece in pieces]
-    return torch.tensor(begun + [0] * (size - len(begun)))
+    """Returns how many characters begin in each id's bytes, (size,)."""
+    counts = [sum(byte & 0xC0 != 0x80 for byte in piece) for piece in pieces]
+    return torch.tensor(counts + [0] * (size - len(counts)))
 
 
 def _resolve_size(size: int | None, needed: int, name: str) -> int:
@@ -123,14 +122,14 @@ def _resolve_size(size: int | None, needed: int, name: str) -> int:
 
 
 class ByteTokenizer:
-    """One token per byte of the text's UTF-8.
+    """One token per byte of the text in UTF-8.
 
     Args:
-        size: ids that there are; null has no more than needed, a larger number leaves some without a meaning.
+        size: vocabulary size; None is 256, a larger number adds unused ids.
     """
 
     PIECES = [bytes([byte]) for byte in range(256)]
-    vocabulary = ""  # nothing that a checkpoint would have to hold
+    vocabulary = ""  # a checkpoint needs none
 
     def __init__(self, size: int | None = None):
         self.size = _resolve_size(size, 256, "bytes")
@@ -146,7 +145,7 @@ class ByteTokenizer:
         return ""
 
     def encode(self, text: str) -> Tensor:
-        """Token ids, int64, as many as the text has bytes."""
+        """Returns token ids, int64, one per byte of the text."""
         return torch.from_numpy(np.frombuffer(text.encode(), dtype=np.uint8).astype(np.int64))
 
     def decode(self, ids: Tensor) -> str:
@@ -157,15 +156,15 @@ class ByteTokenizer:
 
 
 def long_word_pattern() -> re.Pattern[str]:
-    """Matches the parts of a word that is too long, one after the other."""
+    """Returns the pattern that splits a word longer than MAX_WORD, see `split_words`."""
     return re.compile(rf"(?s).{{1,{MAX_WORD}}}\Z|.{{1,{MAX_WORD}}}(?<=[^\W_])(?=\W)|.{{{MAX_WORD}}}")
 
 
 def split_words(text: str) -> list[str]:
-    """The text in words, each with the space before it, cut where GPT-2's pattern always cuts: before a space.
+    """Splits a text into words with the space before them; GPT-2's pattern always splits at these positions too.
 
-    A word of more than WORD characters, as in a text without spaces, is cut behind a letter or digit and before what
-    is neither, where the pattern always cuts too; and if it has no such place, after WORD characters.
+    A word longer than MAX_WORD characters, as in a text without spaces, is split between a letter or digit and a
+    character that is neither, where GPT-2's pattern also splits; without such a position, after MAX_WORD characters.
     """
     words = re.split(r"(?<=\S)(?=[ \n])", text)
     if max(map(len, words)) <= MAX_WORD:
@@ -174,50 +173,50 @@ def split_words(text: str) -> list[str]:
 
 
 def cut_at_spaces(pieces: Iterable[str], length: int) -> Iterator[str]:
-    """The same text in pieces of about `length` characters, and WORD at least, cut between words of `split_words`.
+    """Yields the text in pieces of about `length` characters, MAX_WORD at least, cut between words of `split_words`.
 
-    So byte pairs of the pieces are those of the whole.
+    BPE therefore gives the same ids for the pieces as for the complete text.
     """
     rest, length = "", max(length, MAX_WORD)
     for piece in pieces:
         rest += piece
-        at = 0
-        while len(rest) - at > 2 * length:
-            stop = at + length
-            for start in max(at, stop - 2 * MAX_WORD), at:  # a space is near as a rule
-                if places := [match.end() for match in SPACE_BOUNDARY.finditer(rest, start, stop + 1)]:
+        pos = 0
+        while len(rest) - pos > 2 * length:
+            stop = pos + length
+            for start in max(pos, stop - 2 * MAX_WORD), pos:  # usually there is a space near `stop`
+                if cuts := [match.end() for match in SPACE_BOUNDARY.finditer(rest, start, stop + 1)]:
                     break
             else:  # one long word
-                places = [
+                cuts = [
                     end
-                    for match in long_word_pattern().finditer(rest, at, stop + MAX_WORD)
+                    for match in long_word_pattern().finditer(rest, pos, stop + MAX_WORD)
                     if (end := match.end()) <= stop
                 ]
-            yield rest[at : places[-1]]
-            at = places[-1]
-        rest = rest[at:]
+            yield rest[pos : cuts[-1]]
+            pos = cuts[-1]
+        rest = rest[pos:]
     if rest:
         yield rest
 
 
 def byte_symbols() -> dict[int, str]:
-    """The printable character that stands for each byte in tables of byte pairs, in the order of GPT-2's first ids."""
+    """Maps each byte to the printable character that represents it in GPT-2's merges, in the order of GPT-2's ids."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
 
 
 class BPETokenizer:
-    """Byte-level byte pair encoding (GPT-2, section 2.2): frequent neighbours are merged into one token, in turn.
+    """Byte-level byte pair encoding (GPT-2, section 2.2): frequent pairs of tokens are merged into one token.
 
-    Ids are GPT-2's: a byte each for the first 256, then one for each merge. The work is the `tokenizers` library's,
-    which only `encode` needs.
+    Ids are numbered as in GPT-2: 256 bytes, then one id per merge. `encode` and `merges_of` need the `tokenizers`
+    library.
 
     Args:
-        merges: two tokens a line, their bytes written as `byte_symbols`; the form of GPT-2's merges.txt.
-        size: ids that there are; null has no more than needed.
+        merges: a pair of tokens per line, in the format of GPT-2's merges.txt, see `byte_symbols`.
+        size: vocabulary size; None is as many as the merges need, a larger number adds unused ids.
     Raises:
-        ValueError: a line is no such pair.
+        ValueError: a line is not a pair of tokens that are bytes or made by earlier lines.
     """
 
     def __init__(self, merges: str, size: int | None = None):
@@ -227,39 +226,38 @@ class BPETokenizer:
         for pair in self.pairs:
             if len(pair) != 2 or not ids.keys() >= set(pair):
                 raise ValueError(
-                    f"{' '.join(pair)[:60]!r} is no merge of two tokens that earlier lines make: give merges"
+                    f"{' '.join(pair)[:60]!r} is not a merge of two tokens from earlier lines: give BPE merges"
                 )
             ids.setdefault("".join(pair), len(ids))
         self.tokens = list(ids)
         byte_of = {symbol: byte for byte, symbol in symbols.items()}
         self.pieces = [bytes(byte_of[symbol] for symbol in token) for token in self.tokens]
         self.size = _resolve_size(size, len(self.pieces), "these merges")
-        self.ids_of: dict[str, list[int]] = {}  # of words that were encoded before
+        self.ids_of: dict[str, list[int]] = {}  # cache: word -> ids
 
     @classmethod
     def merges_of(cls, text: Iterable[str], size: int, show_progress: bool = False) -> str:
-        """The merges that a text's most frequent pairs ask for, until there are `size` ids; the same every time."""
+        """Trains BPE: returns the merges of a text's most frequent pairs, up to `size` ids; deterministic."""
         if size < 256:
-            raise ValueError(f"vocab_size={size} must be at least 256, as every byte has an id")
+            raise ValueError(f"vocab_size={size} must be at least 256: every byte has an id")
         lib = import_optional("tokenizers", "tokenizers")
         engine = lib.Tokenizer(lib.models.BPE())
         engine.pre_tokenizer = lib.pre_tokenizers.ByteLevel(add_prefix_space=False)
-        how = lib.trainers.BpeTrainer(
+        trainer = lib.trainers.BpeTrainer(
             vocab_size=size,
             min_frequency=2,
             initial_alphabet=lib.pre_tokenizers.ByteLevel.alphabet(),
             special_tokens=[],
-            show_progress=show_progress,  # on a terminal alone
+            show_progress=show_progress,  # only shown on a terminal
         )
 
         def sequences() -> Iterator[str | list[str]]:
             for piece in cut_at_spaces(text, 2**20):
                 words = split_words(piece)
-                yield (
-                    words if len(words) > 1 + len(SPACE_BOUNDARY.findall(piece)) else piece
-                )  # which is faster, if none is long
+                has_long_word = len(words) > 1 + len(SPACE_BOUNDARY.findall(piece))
+                yield words if has_long_word else piece  # a str is faster
 
-        run_in_thread(lambda: engine.train_from_iterator(sequences(), how))
+        run_in_thread(lambda: engine.train_from_iterator(sequences(), trainer))
         return "\n".join(" ".join(pair) for pair in json.loads(engine.to_str())["model"]["merges"])
 
     def __len__(self) -> int:
@@ -271,7 +269,7 @@ class BPETokenizer:
 
     @cached_property
     def engine(self):
-        """The library's tokenizer.
+        """The tokenizer of the `tokenizers` library.
 
         Raises:
             ValueError: the library is not installed.
@@ -286,12 +284,12 @@ class BPETokenizer:
         return ""
 
     def encode(self, text: str) -> Tensor:
-        """Token ids (T,), int64."""
+        """Returns token ids (T,), int64."""
         words = split_words(text)
         if len(self.ids_of) > 2**20:
             self.ids_of.clear()
-        new = [word for word in dict.fromkeys(words) if word not in self.ids_of]  # most come again and again
-        for batch in (new[at : at + 2**12] for at in range(0, len(new), 2**12)):  # Ctrl-C is heard after each
+        new = [word for word in dict.fromkeys(words) if word not in self.ids_of]
+        for batch in (new[i : i + 2**12] for i in range(0, len(new), 2**12)):  # Ctrl-C interrupts between batches
             for word, encoded in zip(
                 batch, self.engine.encode_batch_fast(batch, add_special_tokens=False), strict=True
             ):
@@ -310,13 +308,13 @@ class BPETokenizer:
 
 
 class GPT2Tokenizer:
-    """GPT-2's own 50,257 byte pairs, by the `tiktoken` library, which fetches their table when it first needs them.
+    """GPT-2's BPE with 50,257 tokens, from the `tiktoken` library, which downloads the vocabulary on first use.
 
     Args:
-        size: ids that there are; null has GPT-2's and no more.
+        size: vocabulary size; None is 50,257, a larger number adds unused ids.
     """
 
-    vocabulary = ""  # a checkpoint needs no more than the name
+    vocabulary = ""  # a checkpoint needs none
 
     def __init__(self, size: int | None = None):
         self.size = _resolve_size(size, 50257, "GPT-2's tokens")
@@ -326,18 +324,18 @@ class GPT2Tokenizer:
 
     @cached_property
     def engine(self):
-        """The library's tokenizer.
+        """The tokenizer of the `tiktoken` library.
 
         Raises:
-            ValueError: the library is not installed, or its table is neither here nor to be had.
+            ValueError: the library is not installed, or the vocabulary is not cached and can't be downloaded.
         """
         tiktoken = import_optional("tiktoken", "tokenizers")
         try:
             return tiktoken.get_encoding("gpt2")
-        except Exception as error:  # whatever the network says
+        except Exception as error:  # any network error
             raise ValueError(
-                f"GPT-2's table of tokens is not on this machine and can't be fetched ({type(error).__name__}): "
-                "connect once, or point TIKTOKEN_CACHE_DIR to a copy of a connected machine's folder; "
+                f"GPT-2's vocabulary is not on this machine and can't be downloaded ({type(error).__name__}): "
+                "connect to the network once, or set TIKTOKEN_CACHE_DIR to a copy of another machine's cache; "
                 "the tokenizers byte and bpe need no network"
             ) from None
 
@@ -347,13 +345,13 @@ class GPT2Tokenizer:
 
     @property
     def chars_per_token(self) -> Tensor:
-        return _chars_per_token(self.pieces[:-1], self.size)  # the last one ends a text and is no part of it
+        return _chars_per_token(self.pieces[:-1], self.size)  # without <|endoftext|>, which is not part of a text
 
     def unknown(self, text: str) -> str:
         return ""
 
     def encode(self, text: str) -> Tensor:
-        """Token ids (T,), int64."""
+        """Returns token ids (T,), int64."""
         pieces = list(cut_at_spaces([text], 2**16))
         ids = self.engine.encode_ordinary_batch(pieces, num_threads=os.cpu_count() or 1)
         return torch.tensor([i for piece in ids for i in piece], dtype=torch.int64)
@@ -366,9 +364,9 @@ class GPT2Tokenizer:
 
 
 class TokenIds:
-    """Ids written as numbers, "464 3290 ", for files of tokens whose tokenizer is elsewhere."""
+    """Text is ids written as numbers, "464 3290 "; for token files whose tokenizer is not known."""
 
-    vocabulary = ("0",)  # what to begin with where nothing else is said
+    vocabulary = ("0",)  # the default prompt
     chars_per_token = None  # unknown
 
     def __init__(self, size: int):
@@ -378,19 +376,19 @@ class TokenIds:
         return self.size
 
     def unknown(self, text: str) -> str:
-        """The words of `text` that are no id, or all of it if it has none."""
+        """Returns the words of `text` that are not ids, or `text` if it has no words."""
         words = text.split()
         return " ".join(word for word in words if not (word.isdecimal() and int(word) < self.size)) if words else text
 
     def encode(self, text: str) -> Tensor:
-        """Token ids (T,), int64.
+        """Returns token ids (T,), int64.
 
         Raises:
-            ValueError: a word is no id; all such words are named.
+            ValueError: a word is not an id, or the text is empty; names such words.
         """
         if (unknown := self.unknown(text)) or not text:
             raise ValueError(
-                f"this model knows token ids from 0 to {self.size - 1}, written as numbers, and no {unknown[:40]!r}"
+                f"this model needs token ids from 0 to {self.size - 1}, written as numbers, not {unknown[:40]!r}"
             )
         return torch.tensor([int(word) for word in text.split()])
 
@@ -404,31 +402,33 @@ class TokenIds:
 Tokenizer = CharTokenizer | ByteTokenizer | BPETokenizer | GPT2Tokenizer | TokenIds
 
 
-def build_from_state(data: dict, size: int | None) -> Tokenizer:
-    """The tokenizer that data settings speak of, such as a checkpoint's: plain values, of which old ones have fewer.
+def build_from_state(state: dict, size: int | None) -> Tokenizer:
+    """Rebuilds a tokenizer from the data module's hyper-parameters, for example those in a checkpoint.
 
     Args:
-        data: tokenizer, vocabulary, unknown and tokens, as the data module has them.
-        size: ids that the net has; those beyond the tokenizer's own mean nothing.
+        state: a dict with tokenizer, vocabulary, on_unknown and token_files, as in `TextDataModule`.
+        size: vocabulary size of the net; ids beyond the tokenizer's are unused.
+    Raises:
+        ValueError: there is no such tokenizer, or its vocabulary is invalid or larger than `size`.
     """
-    kind = data.get("tokenizer") or ("ids" if data.get("token_files") else "char")
+    kind = state.get("tokenizer") or ("ids" if state.get("token_files") else "char")
     if kind == "char":
-        return CharTokenizer(data["vocabulary"], data.get("on_unknown") or "error")
+        return CharTokenizer(state["vocabulary"], state.get("on_unknown") or "error")
     if kind == "bpe":
-        return BPETokenizer(data["vocabulary"], size)
+        return BPETokenizer(state["vocabulary"], size)
     if kind == "ids":
         return TokenIds(size or 1)
     if kind not in ("byte", "gpt2"):
-        raise ValueError(f"there is no tokenizer {kind!r}: take char, byte, bpe or gpt2")
+        raise ValueError(f"there is no tokenizer {kind!r}: use char, byte, bpe or gpt2")
     return ByteTokenizer(size) if kind == "byte" else GPT2Tokenizer(size)
 
 
-DEFAULT_BPE_SIZE = 512  # ids, where nobody says how many
-TextPieces = Callable[[], Iterable[str]]  # a text, in pieces, as often as one wants to read it
+DEFAULT_BPE_SIZE = 512  # vocabulary size
+TextPieces = Callable[[], Iterable[str]]  # each call reads a text again, in pieces
 
 
 def distinct_characters(pieces: Iterable[str], at_least: int = 1) -> str:
-    """The different characters of a text, sorted; those that stand in it so often at least."""
+    """Returns the distinct characters that occur at least `at_least` times in a text, sorted."""
     counts = np.zeros(0x110000, dtype=np.int64)
     for piece in pieces:
         counts += np.bincount(np.frombuffer(piece.encode("utf-32-le"), dtype=np.uint32), minlength=len(counts))
@@ -438,15 +438,17 @@ def distinct_characters(pieces: Iterable[str], at_least: int = 1) -> str:
 def build_tokenizer(
     kind: str, text: TextPieces, training_text: TextPieces, vocabulary: str | None, on_unknown: str, size: int | None
 ) -> Tokenizer:
-    """A new tokenizer for a text, or that of a vocabulary that is there.
+    """Builds a tokenizer for a text, from a given vocabulary if there is one.
 
     Args:
         kind: char, byte, bpe or gpt2.
-        text: all of it; its characters are the vocabulary.
-        training_text: merges, and which characters are too rare to have a token, come from this part alone.
-        vocabulary: characters, or merges; null makes new ones.
-        on_unknown: what becomes of characters without an id, or extend to give them one.
-        size: ids that there are to be, where that can be chosen.
+        text: the complete text; its characters are the vocabulary of char.
+        training_text: the training split; BPE is trained on it, and `replace` counts characters in it.
+        vocabulary: characters or merges; None builds them from the text.
+        on_unknown: what to do with characters that have no id, see `TextDataModule`.
+        size: vocabulary size, for byte, bpe and gpt2.
+    Raises:
+        ValueError: `size` or `vocabulary` does not suit the tokenizer.
     """
     if kind == "byte":
         return ByteTokenizer(size)
@@ -454,28 +456,29 @@ def build_tokenizer(
         return GPT2Tokenizer(size)
     if kind == "bpe":
         if vocabulary is None:
-            long = len(next(iter(training_text()), "")) > 2**20
-            vocabulary = BPETokenizer.merges_of(training_text(), DEFAULT_BPE_SIZE if size is None else size, long)
+            is_long = len(next(iter(training_text()), "")) > 2**20
+            vocabulary = BPETokenizer.merges_of(training_text(), DEFAULT_BPE_SIZE if size is None else size, is_long)
             if (found := len(BPETokenizer(vocabulary))) < (size or 0):
                 print_info(
-                    f"the training text has pairs for {found:,} ids; the others of vocab_size={size:,} mean nothing"
+                    f"the training text has pairs for {found:,} ids; the other ids of vocab_size={size:,} are unused"
                 )
         return BPETokenizer(vocabulary, size)
     if vocabulary is None:
-        # a token for the unknown is learnt only if something in the training text is unknown
+        # the token for unknown characters is trained only if the training text has unknown characters
         vocabulary = distinct_characters(training_text(), 2) if on_unknown == "replace" else distinct_characters(text())
     elif on_unknown == "extend":
         vocabulary += distinct_characters(text())
-    known = CharTokenizer(vocabulary, "error" if on_unknown == "extend" else on_unknown)
-    if size not in (None, len(known)):
+    tokenizer = CharTokenizer(vocabulary, "error" if on_unknown == "extend" else on_unknown)
+    if size not in (None, len(tokenizer)):
         raise ValueError(
-            f"data.vocab_size={size} is for token files, bpe and padding: this text's characters are {len(known)}, so "
-            "leave it out"
+            f"data.vocab_size={size} is for token files, bpe and padding: this text has {len(tokenizer)} characters: "
+            "leave data.vocab_size out"
         )
-    return known
+    return tokenizer
 
 
 def smallest_dtype(vocab_size: int) -> torch.dtype:
+    """Returns the smallest integer type that holds all token ids."""
     return torch.uint8 if vocab_size <= 2**8 else torch.int16 if vocab_size <= 2**15 else torch.int32
 
 
@@ -489,7 +492,7 @@ TOKENIZER_TYPES = {
 
 
 def tokenizer_state(tokenizer: Tokenizer) -> dict[str, Any]:
-    """The settings that `build_from_state` makes the same tokenizer of."""
+    """Returns plain values from which `build_from_state` rebuilds the tokenizer."""
     kind = TOKENIZER_TYPES[type(tokenizer)]
     return {
         "tokenizer": kind,

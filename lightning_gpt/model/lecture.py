@@ -1,10 +1,10 @@
-"""The lecture's ladder: seven models, from a table to the GPT, each with one idea more than the one before.
+"""The lecture's seven models, from a bigram table to the GPT; each adds one idea to the one before.
 
-Written to be read: mask, softmax and every single head stand here in plain sight, where model.py leaves them to fast
-kernels. The last lecture_step with a GPT's weights gives that GPT's logits, see `from_gpt`.
+This code is written to be read: the mask, the softmax and each head are explicit, where gpt.py uses fast kernels. The
+last step with a GPT's weights computes the same logits as that GPT, see `from_gpt`.
 
 Shapes   B batch · T time (tokens) · C channels = n_embd · H heads · D channels of a head · V vocabulary
-Source   Karpathy, "Let's build GPT: from scratch, in code, spelled out" (2023); names are model.py's
+Source   Karpathy, "Let's build GPT: from scratch, in code, spelled out" (2023); names are those of gpt.py
 """
 
 import math
@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from .gpt import GPT, GPTConfig
 
-# --- the mathematical trick: three ways to average the past, and the third one can learn ------------------------------
+# --- the mathematical trick: three ways to average the past; the third can learn --------------------------------------
 
 
 def average_with_loop(x: Tensor) -> Tensor:
-    """The mean of each token and all before it, x (B, T, C) to (B, T, C): the definition, and slow."""
+    """Averages each token and all tokens before it, x (B, T, C) to (B, T, C): the definition, but slow."""
     B, T, C = x.shape
     means = torch.zeros_like(x)  # (B, T, C)
     for b in range(B):
@@ -32,15 +32,15 @@ def average_with_loop(x: Tensor) -> Tensor:
 
 
 def average_with_matrix(x: Tensor) -> Tensor:
-    """The same means in one product: row t of the matrix has 1 / (t + 1) for each token up to t, and then zeros."""
+    """Computes the same means as one matrix product: row t has 1 / (t + 1) for each token up to t, then zeros."""
     T = x.size(1)
-    weights = torch.ones(T, T, dtype=x.dtype, device=x.device).tril()  # (T, T), ones in a triangle
+    weights = torch.ones(T, T, dtype=x.dtype, device=x.device).tril()  # (T, T), lower triangle of ones
     weights = weights / weights.sum(1, keepdim=True)  # (T, T), each row sums to 1
     return weights @ x  # (T, T) @ (B, T, C) -> (B, T, C)
 
 
 def average_with_softmax(x: Tensor) -> Tensor:
-    """The same means from scores: 0 for all, minus infinity for the future. A head learns better scores than 0."""
+    """Computes the same means from scores: 0, or minus infinity for the future. A head learns its scores."""
     T = x.size(1)
     scores = torch.zeros(T, T, dtype=x.dtype, device=x.device)  # (T, T)
     scores = scores.masked_fill(future_mask(T, x.device), -math.inf)  # (T, T)
@@ -48,23 +48,24 @@ def average_with_softmax(x: Tensor) -> Tensor:
 
 
 def future_mask(T: int, device: torch.device | None = None) -> Tensor:
-    """The mask (T, T): true in row t at each place after t, which token t must not see."""
+    """Returns the mask (T, T), which is true in row t for each position after t: token t must not see them."""
     return torch.ones(T, T, dtype=torch.bool, device=device).triu(1)
 
 
 def softmax(scores: Tensor) -> Tensor:
-    """exp(score) as shares of its row's sum, any shape; minus infinity gets no share."""
-    odds = (scores - scores.max(-1, keepdim=True).values).exp()  # less the largest, so that none overflows
-    return odds / odds.sum(-1, keepdim=True)
+    """Divides exp(score) by the sum over the last dimension, any shape; minus infinity becomes 0."""
+    weights = (scores - scores.max(-1, keepdim=True).values).exp()  # subtracting the maximum prevents overflow
+    return weights / weights.sum(-1, keepdim=True)
 
 
 # --- the parts --------------------------------------------------------------------------------------------------------
 
 
 class Head(nn.Module):
-    """One head of self-attention: softmax(Q K^T / sqrt(D)) V, and no look at the future.
+    """One head of causal self-attention: softmax(Q K^T / sqrt(D)) V, with future tokens masked.
 
-    Each token asks (query), says what it has (key), and is listened to (value) by those whose question it answers.
+    A token's query is what it looks for, its key is what it contains, and its value is what it passes to the tokens
+    whose query matches its key.
     """
 
     def __init__(self, config: GPTConfig, D: int):
@@ -72,13 +73,13 @@ class Head(nn.Module):
         self.query = nn.Linear(config.n_embd, D, bias=config.bias)
         self.key = nn.Linear(config.n_embd, D, bias=config.bias)
         self.value = nn.Linear(config.n_embd, D, bias=config.bias)
-        self.drop: nn.Module = nn.Identity()  # the last lecture_step puts dropout here
+        self.drop: nn.Module = nn.Identity()  # the last step replaces it with dropout
 
     def weights(self, x: Tensor) -> Tensor:
-        """How much token t listens to each other one, (B, T, T): row t sums to 1, and is 0 after t."""
+        """Returns the attention weights (B, T, T); row t has the weights of token t, sums to 1 and is 0 after t."""
         q, k = self.query(x), self.key(x)  # each (B, T, D)
         scores = q @ k.transpose(1, 2)  # (B, T, D) @ (B, D, T) -> (B, T, T)
-        scores = scores / math.sqrt(q.size(-1))  # (B, T, T), or the softmax of large ones picks one token only
+        scores = scores / math.sqrt(q.size(-1))  # (B, T, T), else large scores make softmax pick one token
         scores = scores.masked_fill(future_mask(x.size(1), x.device), -math.inf)  # (B, T, T)
         return softmax(scores)  # (B, T, T)
 
@@ -88,7 +89,7 @@ class Head(nn.Module):
 
 
 class Heads(nn.Module):
-    """Several small heads side by side, each with a question of its own; D = C / H, so together they are as wide."""
+    """Several small heads in parallel, each with its own queries; D = C / H, so their concatenation has C channels."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -100,7 +101,7 @@ class Heads(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Having listened, each token thinks for itself: act(W x)."""
+    """A layer applied to each token separately: act(W x)."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -112,7 +113,7 @@ class FeedForward(nn.Module):
 
 
 class ProjectedHeads(Heads):
-    """Heads whose findings are mixed before they join the residual stream."""
+    """Heads followed by a linear layer, which mixes their outputs before they are added to the residual stream."""
 
     def __init__(self, config: GPTConfig):
         super().__init__(config)
@@ -123,7 +124,7 @@ class ProjectedHeads(Heads):
 
 
 class MLP(nn.Module):
-    """FeedForward, four times as wide inside, and a projection back to the residual stream: W2 act(W1 x)."""
+    """FeedForward with 4 C hidden channels and a projection back to the residual stream: W2 act(W1 x)."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -137,7 +138,7 @@ class MLP(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """Communicate, then compute; each adds to what is there, so the gradient has a way through that nothing bends."""
+    """Attention, then MLP; each adds its output to its input, so gradients flow back unchanged through the sums."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -150,10 +151,9 @@ class ResidualBlock(nn.Module):
 
 
 class NormedBlock(ResidualBlock):
-    """Each branch sees its input with mean 0 and variance 1 in every token: (x - mean) / sqrt(var + eps), times a
-    learnt scale, plus a learnt bias.
+    """Layer norm before each branch: every token is normalized, (x - mean) / sqrt(var + eps), then scaled and shifted.
 
-    Layer Normalization (Ba et al. 2016), before the branches as in GPT-2, and not after them as in 2017.
+    Layer Normalization (Ba et al. 2016); before the branches as in GPT-2, not after them as in the 2017 Transformer.
     """
 
     def __init__(self, config: GPTConfig):
@@ -167,7 +167,7 @@ class NormedBlock(ResidualBlock):
 
 
 class DropoutBlock(NormedBlock):
-    """In training, chance leaves out who listens to whom and what a branch says, so that nothing is leaned on.
+    """Dropout of attention weights and branch outputs: random ones are zeroed in training, against overfitting.
 
     Dropout (Srivastava et al. 2014).
     """
@@ -183,13 +183,13 @@ class DropoutBlock(NormedBlock):
         return x + self.drop(self.mlp(self.ln_2(x)))  # (B, T, C)
 
 
-# --- the rungs: token ids (B, T) in, logits of the next token (B, T, V) out -------------------------------------------
+# --- the seven steps: token ids (B, T) in, logits of the next token (B, T, V) out -------------------------------------
 
 
 class Bigram(nn.Module):
-    """Rung 1. A table: a token's row holds the logits of what comes after it. Nothing earlier counts."""
+    """Step 1. A table: a token's row has the logits of the next token. Earlier tokens have no effect."""
 
-    # what there is no choice of on this lecture_step
+    # settings that this step does not let you choose
     fixed: ClassVar[dict[str, Any]] = {
         "n_embd": GPTConfig.n_embd,
         "n_layer": 0,
@@ -209,7 +209,7 @@ class Bigram(nn.Module):
 
 
 class OneHead(nn.Module):
-    """Rung 2. A token is a vector, its place is another, and a head lets it look at those before it."""
+    """Step 2. Embeddings of tokens and positions, and one head of attention to earlier tokens."""
 
     fixed: ClassVar[dict[str, Any]] = {
         "n_layer": 1,
@@ -230,7 +230,7 @@ class OneHead(nn.Module):
         return nn.Sequential(Head(config, config.n_embd))
 
     def embed(self, idx: Tensor) -> Tensor:
-        """What the tokens are and where they stand, idx (B, T) to (B, T, C).
+        """Adds token and position embeddings, idx (B, T) to (B, T, C).
 
         Raises:
             ValueError: T exceeds block_size.
@@ -238,9 +238,9 @@ class OneHead(nn.Module):
         T = idx.size(1)
         if self.config.block_size < T:
             raise ValueError(f"{T} tokens do not fit into block_size={self.config.block_size}")
-        what = self.wte(idx)  # (B, T, C)
-        where = self.wpe(torch.arange(T, device=idx.device))  # (T, C)
-        return what + where  # (B, T, C)
+        tokens = self.wte(idx)  # (B, T, C)
+        positions = self.wpe(torch.arange(T, device=idx.device))  # (T, C)
+        return tokens + positions  # (B, T, C)
 
     def forward(self, idx: Tensor) -> Tensor:
         x = self.embed(idx)  # (B, T, C)
@@ -249,7 +249,7 @@ class OneHead(nn.Module):
 
 
 class SeveralHeads(OneHead):
-    """Rung 3. Several heads, so that a token can ask several things at once."""
+    """Step 3. Several heads, so that a token can attend to several things at once."""
 
     fixed = {"n_layer": 1, "activation": GPTConfig.activation, "dropout": 0.0}
 
@@ -258,7 +258,7 @@ class SeveralHeads(OneHead):
 
 
 class FeedForwardNet(SeveralHeads):
-    """Rung 4. A layer in which each token works on what it has heard."""
+    """Step 4. A feed-forward layer, in which each token processes what attention has gathered."""
 
     fixed = {"n_layer": 1, "dropout": 0.0}
 
@@ -267,7 +267,7 @@ class FeedForwardNet(SeveralHeads):
 
 
 class Residual(FeedForwardNet):
-    """Rung 5. Both again and again, in blocks that each add to a residual stream."""
+    """Step 5. Several blocks of attention and feed-forward, each with residual connections."""
 
     fixed = {"dropout": 0.0}
 
@@ -276,7 +276,7 @@ class Residual(FeedForwardNet):
 
 
 class Normed(Residual):
-    """Rung 6. Layer norm before each branch, and before the logits."""
+    """Step 6. Layer norm before each branch and before the output layer."""
 
     def __init__(self, config: GPTConfig):
         super().__init__(config)
@@ -293,14 +293,14 @@ class Normed(Residual):
 
 
 class LectureGPT(Normed):
-    """Rung 7. The GPT: dropout and GPT-2's first weights let it grow; the rest is size."""
+    """Step 7. The GPT: dropout and GPT-2's initialization. The lecture also makes this one larger."""
 
     fixed = {}
 
     def __init__(self, config: GPTConfig):
         super().__init__(config)
         self.drop = nn.Dropout(config.dropout)
-        for name, p in self.named_parameters():  # normal(0, 0.02), thinner where a branch ends: GPT-2, section 2.3
+        for name, p in self.named_parameters():  # normal(0, 0.02), scaled down in c_proj: GPT-2, section 2.3
             if name.endswith("bias"):
                 nn.init.zeros_(p)
             elif p.dim() == 2:
@@ -326,7 +326,7 @@ LECTURE_STEPS: dict[str, type[LectureModel]] = {
     "layernorm": Normed,
     "gpt": LectureGPT,
 }
-# what model.py can do and the lecture does not
+# settings of gpt.py that the lecture does not have
 NOT_IN_LECTURE = {
     "tie_embeddings",
     "position",
@@ -341,30 +341,30 @@ NOT_IN_LECTURE = {
 
 
 def check_lecture_settings(lecture_step: str, given: Mapping[str, Any]) -> None:
-    """Raises ValueError if one of GPTConfig's settings is given, by name, that the lecture_step has no choice of."""
+    """Raises ValueError if `given`, some of GPTConfig's settings by name, has one that the step fixes or lacks."""
     fixed = LECTURE_STEPS[lecture_step].fixed
     for name, value in given.items():
         if name in NOT_IN_LECTURE and value != getattr(GPTConfig, name):
             raise ValueError(
-                f"lecture_step={lecture_step} has no {name}: leave {name}={value} out, or take lecture_step=null, "
-                "the GPT itself"
+                f"lecture_step={lecture_step} has no {name}: leave {name}={value} out, or use lecture_step=null, "
+                "the full GPT"
             )
         if value != fixed.get(name, value):
             first = next(other for other, net in LECTURE_STEPS.items() if name not in net.fixed)
             raise ValueError(
-                f"lecture_step={lecture_step} has no choice of {name}: leave {name}={value} out, or take "
-                f"lecture_step={first}, which has"
+                f"lecture_step={lecture_step} has a fixed {name}: leave {name}={value} out, or use "
+                f"lecture_step={first}, which lets you choose it"
             )
 
 
 def build_net(settings: Mapping[str, Any]) -> GPT | LectureModel:
-    """The net that hyper-parameters describe: a step of the lecture where `lecture_step` names one, else the GPT.
+    """Builds the net that hyper-parameters describe: a step of the lecture if `lecture_step` is set, else the GPT.
 
     Args:
-        settings: GPTConfig's by name, those that lack are at their default, and others are left alone.
+        settings: GPTConfig's settings by name; missing ones have their defaults, other names are ignored.
     Raises:
-        ValueError: there is no such step, or it lacks what a setting is for. A setting at GPTConfig's default counts as
-            not given, since a LanguageModel has them all; see `check_lecture_settings` for the command line.
+        ValueError: there is no such step, or it fixes or lacks a setting. A setting with GPTConfig's default counts as
+            not given, since a LanguageModel has all settings; the command line uses `check_lecture_settings`.
     """
     sizes = {field.name: settings[field.name] for field in fields(GPTConfig) if field.name in settings}
     lecture_step = settings.get("lecture_step")
@@ -372,33 +372,33 @@ def build_net(settings: Mapping[str, Any]) -> GPT | LectureModel:
         return GPT(GPTConfig(**sizes))
     if lecture_step not in LECTURE_STEPS:
         raise ValueError(
-            f"lecture_step={lecture_step} is none of {', '.join(LECTURE_STEPS)}: take one of these, or null for the GPT"
+            f"lecture_step={lecture_step} is none of {', '.join(LECTURE_STEPS)}: use one of these, or null for the GPT"
         )
     check_lecture_settings(
         lecture_step, {name: value for name, value in sizes.items() if value != getattr(GPTConfig, name)}
     )
     if sizes.get("activation") not in ("relu", "gelu", None):
         raise ValueError(
-            f"lecture_step={lecture_step} has activation=relu or gelu, and not {sizes['activation']}: take one of these"
+            f"lecture_step={lecture_step} has activation=relu or gelu, not {sizes['activation']}: use one of these"
         )
     return LECTURE_STEPS[lecture_step](GPTConfig(**sizes | LECTURE_STEPS[lecture_step].fixed))
 
 
 def from_gpt(net: GPT) -> LectureGPT:
-    """The last lecture_step with a GPT's own weights: other code, same logits.
+    """Returns the last step of the lecture with a GPT's weights: different code, same logits.
 
     Raises:
-        ValueError: the GPT has something that is not in the lecture.
+        ValueError: the GPT has a setting that is not in the lecture.
     """
-    lecture_step = build_net(asdict(net.config) | {"lecture_step": "gpt"})
-    assert isinstance(lecture_step, LectureGPT)
+    lecture_gpt = build_net(asdict(net.config) | {"lecture_step": "gpt"})
+    assert isinstance(lecture_gpt, LectureGPT)
     weights = {}
     for name, w in net.state_dict().items():
         if "c_attn" not in name:
             weights[name] = w
             continue
-        for part, of_all_heads in zip(("query", "key", "value"), w.chunk(3), strict=True):  # (3 C, ..) -> 3 x (C, ..)
-            for i, of_one in enumerate(of_all_heads.chunk(net.config.n_head)):  # (C, ..) -> H x (D, ..)
-                weights[name.replace("c_attn", f"heads.{i}.{part}")] = of_one
-    lecture_step.to(net.lm_head.weight).load_state_dict(weights)
-    return lecture_step.train(net.training)
+        for part, all_heads in zip(("query", "key", "value"), w.chunk(3), strict=True):  # (3 C, ..) -> 3 x (C, ..)
+            for i, head in enumerate(all_heads.chunk(net.config.n_head)):  # (C, ..) -> H x (D, ..)
+                weights[name.replace("c_attn", f"heads.{i}.{part}")] = head
+    lecture_gpt.to(net.lm_head.weight).load_state_dict(weights)
+    return lecture_gpt.train(net.training)
