@@ -13,16 +13,16 @@ import torch
 from lightning_gpt.cli.main import main
 from lightning_gpt.model.gpt import GPT, GPTConfig
 
-V, T = 17, 12  # vocabulary and block size: small, and no two sizes alike
+V, T = 17, 12  # vocabulary and block size: small and different from all other sizes, so that a swapped axis fails
 
 if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"  # our kernels run in Python then
+    os.environ["TRITON_INTERPRET"] = "1"  # Triton then runs our kernels in Python
 
-torch.set_num_threads(1)  # small tensors: threads only get in each other's way
+torch.set_num_threads(1)  # for small tensors, more threads are slower
 
 
 def loud(net):
-    """Weights far from uniform predictions, in float64: a difference is a bug, not rounding."""
+    """Large random weights in float64: predictions are far from uniform, and a difference is a bug, not rounding."""
     torch.manual_seed(0)
     for p in net.double().eval().parameters():
         torch.nn.init.normal_(p, std=0.3)
@@ -47,7 +47,7 @@ def modern():
 
 @pytest.fixture(params=["net", "modern"])
 def any_net(request):
-    """GPT-2's block and the modern one, in turn."""
+    """A GPT of GPT-2's blocks, then one of modern blocks."""
     return request.getfixturevalue(request.param)
 
 
@@ -61,16 +61,16 @@ TINY = ["--config", str(Path(__file__).parent / "tiny.yaml")]
 
 @pytest.fixture(scope="session")
 def text_file(tmp_path_factory):
-    """A small made-up text of 27 characters; training on it takes no time."""
-    words, dice = "the cat sat on a mat. who? VEX, quiz! jumbo (for) long years\n".split(" "), random.Random(0)
+    """A small random text of few distinct characters: training on it is quick."""
+    words, rng = "the cat sat on a mat. who? VEX, quiz! jumbo (for) long years\n".split(" "), random.Random(0)
     path = tmp_path_factory.mktemp("text") / "cats.txt"
-    path.write_text(" ".join(dice.choice(words) for _ in range(1000)))
+    path.write_text(" ".join(rng.choice(words) for _ in range(1000)))
     return path
 
 
 @pytest.fixture(scope="session")
 def run(tmp_path_factory, text_file):
-    """The folder of a short run, and what it printed."""
+    """The folder of a short run of five steps."""
     root = tmp_path_factory.mktemp("run")
     main(["fit", *TINY, "--data.corpus", str(text_file), "--trainer.default_root_dir", str(root)])
     return Path(root) / "tiny" / "version_0"
@@ -83,36 +83,36 @@ def ckpt(run):
 
 @pytest.fixture
 def fails(capsys):
-    """Runs a command line that must fail, and returns the one line that it says."""
+    """Run a command line that must fail, and return its one-line error message."""
 
     def fails(*args):
-        capsys.readouterr()  # what was said before
+        capsys.readouterr()  # drop earlier output
         with pytest.raises(SystemExit) as stop:
             main([str(arg) for arg in args])
         assert stop.value.code == 2
-        said = capsys.readouterr().err.strip()
-        assert said.startswith("lightning-gpt: error: ") and "\n" not in said
-        return said
+        error = capsys.readouterr().err.strip()
+        assert error.startswith("lightning-gpt: error: ") and "\n" not in error
+        return error
 
     return fails
 
 
 @pytest.fixture(scope="session")
 def token_files(tmp_path_factory):
-    """train.bin,val.bin: 3,000 and 2,000 ids below 300, in nanoGPT's format."""
-    folder, dice = tmp_path_factory.mktemp("tokens"), np.random.default_rng(0)
+    """The paths train.bin,val.bin: 3,000 and 2,000 ids below 300, in nanoGPT's format."""
+    folder, rng = tmp_path_factory.mktemp("tokens"), np.random.default_rng(0)
     for name, n in ("train", 3000), ("val", 2000):
-        dice.integers(300, size=n, dtype=np.uint16).tofile(folder / f"{name}.bin")
+        rng.integers(300, size=n, dtype=np.uint16).tofile(folder / f"{name}.bin")
     return f"{folder}/train.bin,{folder}/val.bin"
 
 
-# a process that has imported everything and forks for each command line: a run in half a second, or one of several
-# processes, which are started as torchrun would
-NURSERY = """
+# A process that has imported everything forks for each command line, so a run takes half a second. It can fork several
+# processes with the environment variables that torchrun sets.
+LAUNCHER = """
 import json, os, resource, sys, traceback
 import torch
 torch.set_num_threads(1)
-import lightning_gpt.cli.train  # main imports it, and Lightning, only when it is needed
+import lightning_gpt.cli.train  # main imports it, and Lightning, lazily
 from lightning_gpt.cli.main import main
 for line in sys.stdin:
     args, folder, log, limit, environments = json.loads(line)
@@ -123,7 +123,7 @@ for line in sys.stdin:
             continue
         file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(file, 1), os.dup2(file, 2), os.chdir(folder), os.environ.update(environment)
-        sys.stdin = open(os.devnull)  # our own lines are not for it
+        sys.stdin = open(os.devnull)  # the child must not read our command lines
         if limit:
             resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
         try:
@@ -141,10 +141,10 @@ for line in sys.stdin:
 """
 
 
-class Nursery:
+class Launcher:
     def __init__(self):
         pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.process = subprocess.Popen([sys.executable, "-c", NURSERY], **pipes)
+        self.process = subprocess.Popen([sys.executable, "-c", LAUNCHER], **pipes)
 
     def start(self, folder, *args, limit=0, processes=1):
         self.log, environments = Path(folder) / "log.txt", [{}]
@@ -161,8 +161,8 @@ class Nursery:
     def end(self):
         return int(self.process.stdout.readline())
 
-    def run(self, folder, *args, **how):
-        self.start(folder, *args, **how)
+    def run(self, folder, *args, **kwargs):
+        self.start(folder, *args, **kwargs)
         return self.end()
 
 
@@ -173,8 +173,8 @@ def free_port():
 
 
 @pytest.fixture(scope="session")
-def nursery():
-    nursery = Nursery()
-    yield nursery
-    nursery.process.stdin.close()
-    nursery.process.wait()
+def launcher():
+    launcher = Launcher()
+    yield launcher
+    launcher.process.stdin.close()
+    launcher.process.wait()

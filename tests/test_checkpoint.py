@@ -1,4 +1,4 @@
-"""A checkpoint is a stranger's file: well-formed or not, it runs no code, hangs nothing and ends in one sentence."""
+"""Untrusted checkpoints: well-formed or not, loading one runs no code, ends soon and fails with one sentence."""
 
 import io
 import itertools
@@ -45,32 +45,32 @@ from lightning_gpt.training.module import LanguageModel
 
 
 @pytest.fixture
-def saved(run):
-    """All that the last checkpoint of a run holds, to be changed."""
+def checkpoint(run):
+    """The contents of a run's last checkpoint, for a test to change."""
     return torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
 
 
-def put(saved, path, value):
-    """Set what stands under keys one in the other; `...` takes the key away."""
+def set_item(checkpoint, path, value):
+    """Set the item at a path of nested keys; `...` deletes it."""
     *above, last = path
     for key in above:
-        saved = saved[key]
+        checkpoint = checkpoint[key]
     if value is ...:
-        del saved[last]
+        del checkpoint[last]
     else:
-        saved[last] = value
+        checkpoint[last] = value
 
 
 W = "state_dict", "net.wte.weight"
 MODEL, DATA = "hyper_parameters", "datamodule_hyper_parameters"
 
 
-def quantized(w):
-    with warnings.catch_warnings(action="ignore"):  # torch is about to drop them
+def to_qint8(w):
+    with warnings.catch_warnings(action="ignore"):  # torch deprecates quantized tensors
         return torch.quantize_per_tensor(w, 0.1, 0, torch.qint8)
 
 
-# --- what a file says of itself ---------------------------------------------------------------------------------------
+# --- what a file says about itself ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def quantized(w):
         (W, torch.full((32, 16), math.nan), "no numbers"),
         (W, torch.zeros(32, 16).to_sparse(), "torch._utils._rebuild_sparse_tensor"),
         (W, torch.zeros(32, 16, device="meta"), "_rebuild_meta_tensor"),
-        (W, quantized(torch.zeros(32, 16)), "_rebuild_qtensor"),
+        (W, to_qint8(torch.zeros(32, 16)), "_rebuild_qtensor"),
         (W, torch.zeros(1, 1).expand(10**6, 10**6), "hold more than its bytes"),
         (W, "hello", "no tensor"),
         (("scales",), {"net.wte.weight": torch.ones(3)}, "not one number for each row"),
@@ -119,22 +119,22 @@ def quantized(w):
     ],
     ids=lambda value: str(value)[:30],
 )
-def test_a_file_that_contradicts_itself_is_refused_in_one_sentence(saved, tmp_path, path, value, message):
-    put(saved, path, value)
-    write_checkpoint(saved, tmp_path / "x.ckpt")
+def test_a_file_that_contradicts_itself_is_refused_with_one_sentence(checkpoint, tmp_path, path, value, message):
+    set_item(checkpoint, path, value)
+    write_checkpoint(checkpoint, tmp_path / "x.ckpt")
     with pytest.raises(ValueError) as error:
         read_verified(tmp_path / "x.ckpt")
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
-def test_what_nests_without_end_is_refused(saved, tmp_path):
-    for loop in [], {}:
-        deep = loop
+def test_endless_nesting_is_refused(checkpoint, tmp_path):
+    for cycle in [], {}:
+        nested = cycle
         for _ in range(60):
-            deep = [deep, deep]  # 2^60 ways through it, in a few bytes
-        loop.append(loop) if isinstance(loop, list) else loop.update(self=loop)
-        for value in loop, deep:
-            write_checkpoint(saved | {"anything": value}, tmp_path / "x.ckpt")
+            nested = [nested, nested]  # 2^60 leaves in a few bytes
+        cycle.append(cycle) if isinstance(cycle, list) else cycle.update(self=cycle)
+        for value in cycle, nested:
+            write_checkpoint(checkpoint | {"anything": value}, tmp_path / "x.ckpt")
             with pytest.raises(ValueError, match="nests deeper"):
                 read_verified(tmp_path / "x.ckpt")
 
@@ -147,27 +147,27 @@ def archive(entries, compression=zipfile.ZIP_STORED):
     return file.getvalue()
 
 
-def test_an_archive_that_swells_is_not_unpacked(saved, tmp_path):
-    write_checkpoint(saved, path := tmp_path / "x.ckpt")
+def test_an_archive_that_unpacks_to_more_than_its_size_is_refused(checkpoint, tmp_path):
+    write_checkpoint(checkpoint, path := tmp_path / "x.ckpt")
     with zipfile.ZipFile(path) as good:
         entries = [(name, good.read(name)) for name in good.namelist()]
     twice = [*entries, ("other/data.pkl", entries[0][1])]
     bomb = archive([*entries, ("archive/data/99", bytes(10**8))], zipfile.ZIP_DEFLATED)
     plain = archive(entries)
-    at = plain.rindex(b"PK\1\2")  # the last entry of the table says that it is larger
-    lies = plain[: at + 20] + struct.pack("<II", 2**31, 2**31) + plain[at + 28 :]
-    for data in bomb, archive(twice), lies, b"before" + plain:
+    at = plain.rindex(b"PK\1\2")  # the last entry of the table claims a larger size
+    wrong_size = plain[: at + 20] + struct.pack("<II", 2**31, 2**31) + plain[at + 28 :]
+    for data in bomb, archive(twice), wrong_size, b"before" + plain:
         path.write_bytes(data)
         with pytest.raises(ValueError, match="can't be read as plain data|no complete archive"):
             read_verified(path)
     path.write_bytes(plain)
-    with pytest.raises(ValueError, match="its checksum is missing"):  # else it would be good
+    with pytest.raises(ValueError, match="its checksum is missing"):  # everything else is valid
         read_verified(path)
 
 
-def test_a_tied_net_and_byte_pairs_are_what_they_say(saved, tmp_path):
+def test_a_net_with_tied_embeddings_and_byte_pairs_loads(checkpoint, tmp_path):
     merges = BPETokenizer.merges_of(["# ## ### the the the"] * 9, 260)
-    tied = deepcopy(saved)
+    tied = deepcopy(checkpoint)
     tied["state_dict"] |= {f"net.{name}.weight": torch.zeros(264, 16) for name in ("wte", "lm_head")}
     tied[MODEL] |= {"vocab_size": 264, "tie_embeddings": True}
     tied[DATA] |= {"tokenizer": "bpe", "vocabulary": merges}
@@ -176,27 +176,27 @@ def test_a_tied_net_and_byte_pairs_are_what_they_say(saved, tmp_path):
     assert net.lm_head.weight is net.wte.weight and len(tokenizer) == 264
 
 
-# --- what a file says of its run --------------------------------------------------------------------------------------
+# --- what a file says about its run -----------------------------------------------------------------------------------
 
 EVIL = [{"class_path": "evil.Evil"}]
 SAVER = {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": {"dirpath": "elsewhere"}}
 
 
 @pytest.fixture
-def hostile(saved, tmp_path, monkeypatch):
-    """Writes a checkpoint whose config is changed, in a folder where a module waits to be imported."""
+def hostile_checkpoint(checkpoint, tmp_path, monkeypatch):
+    """Write a checkpoint with a changed config, in a folder with a module that must not be imported."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "evil.py").write_text("from lightning import Callback\nopen('bomb', 'w')\nclass Evil(Callback): ...")
 
-    def hostile(change):
-        config = yaml.safe_load(saved["config"])
+    def hostile_checkpoint(change):
+        config = yaml.safe_load(checkpoint["config"])
         write_checkpoint(
-            saved | {"config": change if isinstance(change, str) else yaml.safe_dump(change(config))}, "x.ckpt"
+            checkpoint | {"config": change if isinstance(change, str) else yaml.safe_dump(change(config))}, "x.ckpt"
         )
         return read_checkpoint("x.ckpt")
 
-    return hostile
+    return hostile_checkpoint
 
 
 @pytest.mark.parametrize(
@@ -225,17 +225,17 @@ def hostile(saved, tmp_path, monkeypatch):
     ],
     ids=str,
 )
-def test_no_setting_in_a_checkpoint_names_a_class_or_a_place(hostile, key, value):
-    saved = hostile(lambda config: config | {"trainer": config["trainer"] | {key: value}})
+def test_no_setting_from_a_checkpoint_names_a_class_or_a_folder(hostile_checkpoint, key, value):
+    checkpoint = hostile_checkpoint(lambda config: config | {"trainer": config["trainer"] | {key: value}})
     for command in "fit", "validate":
-        trainer = run_settings(saved, command)["trainer"]
+        trainer = run_settings(checkpoint, command)["trainer"]
         assert set(trainer) <= FROM_TRAINER and all(map(is_plain, trainer.values()))
-    assert class_settings(Path("x.ckpt"), saved, ".")[0] == {}
+    assert class_settings(Path("x.ckpt"), checkpoint, ".")[0] == {}
 
 
-def test_classes_in_a_checkpoint_are_not_imported_and_that_is_said(hostile, capsys):
+def test_classes_named_in_a_checkpoint_are_not_imported_and_a_warning_says_so(hostile_checkpoint, capsys):
     keys = "callbacks+", "callbacks.class_path", "plugins+", "logger+"
-    hostile(lambda config: config | {"trainer": config["trainer"] | {key: deepcopy(EVIL) for key in keys}})
+    hostile_checkpoint(lambda config: config | {"trainer": config["trainer"] | {key: deepcopy(EVIL) for key in keys}})
     capsys.readouterr()
     main(["fit", "--ckpt_path=x.ckpt", "--trainer.max_steps=6"])
     assert not Path("bomb").exists() and not Path("elsewhere").exists()
@@ -269,41 +269,41 @@ BOMB = "a: &a [1, 1]\n" + "".join(
     ],
     ids=lambda text: text[:30],
 )
-def test_a_config_text_that_is_none_is_refused_in_a_moment(hostile, fails, config, message):
+def test_an_invalid_config_text_is_refused(hostile_checkpoint, fails, config, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        run_settings(hostile(config), "fit")
+        run_settings(hostile_checkpoint(config), "fit")
     if config in (BOMB, "- a\n- b"):
         for command in "fit", "validate":
             assert message in fails(command, "--ckpt_path=x.ckpt")
     assert not Path("bomb").exists()
 
 
-def test_what_a_run_can_be_told_comes_along(hostile, monkeypatch):
-    told = {"max_time": "00:12:00:00", "devices": [0, 1], "gradient_clip_val": math.inf, "precision": "bf16-mixed"}
-    told |= {"deterministic": "warn", "limit_val_batches": 0.5, "val_check_interval": 3, "strategy": "fsdp2"}
-    saved = hostile(lambda config: config | {"trainer": told | {"num_nodes": 2, "max_steps": None}})
-    assert run_settings(saved, "fit")["trainer"] == told | {"max_steps": None}
+def test_plain_trainer_settings_are_kept(hostile_checkpoint, monkeypatch):
+    given = {"max_time": "00:12:00:00", "devices": [0, 1], "gradient_clip_val": math.inf, "precision": "bf16-mixed"}
+    given |= {"deterministic": "warn", "limit_val_batches": 0.5, "val_check_interval": 3, "strategy": "fsdp2"}
+    checkpoint = hostile_checkpoint(lambda config: config | {"trainer": given | {"num_nodes": 2, "max_steps": None}})
+    assert run_settings(checkpoint, "fit")["trainer"] == given | {"max_steps": None}
     monkeypatch.setenv("SLURM_JOB_ID", "1")
-    assert run_settings(saved, "fit")["trainer"]["num_nodes"] == 2
+    assert run_settings(checkpoint, "fit")["trainer"]["num_nodes"] == 2
 
 
-def test_a_device_that_only_the_checkpoint_names_is_not_read(saved, tmp_path, fails):
+def test_a_pipe_named_by_the_checkpoint_is_not_read(checkpoint, tmp_path, fails):
     os.mkfifo(pipe := tmp_path / "pipe")
-    saved[DATA]["corpus"] = f"{tmp_path}/none,{pipe}"
-    write_checkpoint(saved, tmp_path / "x.ckpt")
+    checkpoint[DATA]["corpus"] = f"{tmp_path}/none,{pipe}"
+    write_checkpoint(checkpoint, tmp_path / "x.ckpt")
     assert f"{pipe}, a device or a pipe" in fails("validate", f"--ckpt_path={tmp_path}/x.ckpt")
 
 
-def test_token_files_of_another_vocabulary_are_refused_before_a_checkpoint_is(token_files):
-    how = dict(token_files=token_files, block_size=4, tokenizer="char", vocabulary="aab")
+def test_token_files_with_another_vocabulary_size_are_refused(token_files):
+    kwargs = dict(token_files=token_files, block_size=4, tokenizer="char", vocabulary="aab")
     with pytest.raises(ValueError, match="data.vocab_size=300, and data.vocabulary has 2 tokens"):
-        TextDataModule(**how, vocab_size=300)
+        TextDataModule(**kwargs, vocab_size=300)
 
 
-def test_a_setting_that_no_class_here_has_is_refused(saved):
-    saved[MODEL]["callbacks"] = 3
+def test_an_unknown_setting_is_refused(checkpoint):
+    checkpoint[MODEL]["callbacks"] = 3
     with pytest.raises(ValueError, match="unknown here: callbacks"):
-        run_settings(saved, "fit")
+        run_settings(checkpoint, "fit")
 
 
 STATE = "optimizer_states", 0
@@ -334,12 +334,12 @@ IN_LOOP = "loops", "fit_loop"
     ],
     ids=str,
 )
-def test_a_state_that_training_can_not_go_on_from_is_refused(saved, path, value, message):
-    loops, groups = deepcopy(saved["loops"]), LanguageModel(**saved[MODEL]).parameter_groups()
-    put(saved, path, value)
+def test_a_training_state_that_does_not_fit_is_refused(checkpoint, path, value, message):
+    loops, groups = deepcopy(checkpoint["loops"]), LanguageModel(**checkpoint[MODEL]).parameter_groups()
+    set_item(checkpoint, path, value)
     with pytest.raises(ValueError) as error:
-        check_counters(saved["loops"], loops, "loops")
-        check_optimizer_state(saved["optimizer_states"], groups)
+        check_counters(checkpoint["loops"], loops, "loops")
+        check_optimizer_state(checkpoint["optimizer_states"], groups)
     assert message in str(error.value)
 
 
@@ -354,15 +354,15 @@ def test_a_state_that_training_can_not_go_on_from_is_refused(saved, path, value,
     ],
     ids=str,
 )
-def test_a_resumed_run_is_refused_before_it_starts(saved, tmp_path, fails, path, value, message):
-    put(saved, path, value)
-    write_checkpoint(saved, tmp_path / "x.ckpt")
-    where = f"--trainer.default_root_dir={tmp_path}"
-    told = fails("fit", f"--ckpt_path={tmp_path}/x.ckpt", "--trainer.max_steps=6", where)
-    assert message in told and "--model.init_from" in told and not list(tmp_path.rglob("last.ckpt"))
+def test_a_run_with_a_bad_training_state_is_refused_before_it_starts(checkpoint, tmp_path, fails, path, value, message):
+    set_item(checkpoint, path, value)
+    write_checkpoint(checkpoint, tmp_path / "x.ckpt")
+    root = f"--trainer.default_root_dir={tmp_path}"
+    error = fails("fit", f"--ckpt_path={tmp_path}/x.ckpt", "--trainer.max_steps=6", root)
+    assert message in error and "--model.init_from" in error and not list(tmp_path.rglob("last.ckpt"))
 
 
-# --- what a checkpoint brings along is taken to the letter ------------------------------------------------------------
+# --- settings in a checkpoint are kept literally ----------------------------------------------------------------------
 
 
 TEXTS = ["#.$*@ \n", "~", "1e3", "yes", "no", "{}", "[]", "0x1", "- a", "a: b", "!y", "&a", "*a", "'a'", '"a"', "|\n"]
@@ -381,7 +381,7 @@ TEXTS += [
 ]
 
 
-def test_every_text_reaches_a_config_as_it_was(tmp_path):
+def test_every_text_reaches_a_config_unchanged(tmp_path):
     parser = TrainingParser()
     parser.add_argument("--text", type=str | None)
     parser.add_argument("--config", action="config")
@@ -389,53 +389,53 @@ def test_every_text_reaches_a_config_as_it_was(tmp_path):
         assert parser.parse_args([f"--config={to_quoted_yaml({'text': text})}"]).text == text
 
 
-@pytest.mark.parametrize("words", ["#.$*@ \n", pytest.param("~", marks=pytest.mark.slow)])
-def test_a_vocabulary_of_any_shape_trains_is_validated_goes_on_and_is_fine_tuned(tmp_path, words, capsys):
-    dice = random.Random(0)
-    (tmp_path / "text").write_text("".join(dice.choice(words) for _ in range(400)))
-    where = [f"--data.corpus={tmp_path}/text", f"--trainer.default_root_dir={tmp_path}", "--sample.length=0"]
-    main(["fit", *TINY, *where, "--trainer.max_steps=1"])
+@pytest.mark.parametrize("characters", ["#.$*@ \n", pytest.param("~", marks=pytest.mark.slow)])
+def test_any_vocabulary_can_be_trained_validated_resumed_and_fine_tuned(tmp_path, characters, capsys):
+    rng = random.Random(0)
+    (tmp_path / "text").write_text("".join(rng.choice(characters) for _ in range(400)))
+    paths = [f"--data.corpus={tmp_path}/text", f"--trainer.default_root_dir={tmp_path}", "--sample.length=0"]
+    main(["fit", *TINY, *paths, "--trainer.max_steps=1"])
     last = tmp_path / "tiny" / "version_0" / "checkpoints" / "last.ckpt"
     main(["validate", f"--ckpt_path={last}"])
-    main(["fit", f"--ckpt_path={last}", where[1], "--trainer.max_steps=2"])
-    main(["fit", *TINY, *where, "--trainer.max_steps=1", f"--model.init_from={last}"])
-    both = [read_checkpoint(file)[DATA]["vocabulary"] for file in tmp_path.rglob("last.ckpt")]
-    assert both == ["".join(sorted(words))] * 2 and "val/loss" in capsys.readouterr().out
+    main(["fit", f"--ckpt_path={last}", paths[1], "--trainer.max_steps=2"])
+    main(["fit", *TINY, *paths, "--trainer.max_steps=1", f"--model.init_from={last}"])
+    vocabularies = [read_checkpoint(file)[DATA]["vocabulary"] for file in tmp_path.rglob("last.ckpt")]
+    assert vocabularies == ["".join(sorted(characters))] * 2 and "val/loss" in capsys.readouterr().out
 
 
-# --- going on ---------------------------------------------------------------------------------------------------------
+# --- resuming ---------------------------------------------------------------------------------------------------------
 
 
-class Mine(L.Callback):
+class UserCallback(L.Callback):
     def on_train_start(self, trainer, *_):
-        print(f"mine since {trainer.global_step}")
+        print(f"user callback since {trainer.global_step}")
 
 
-def test_a_runs_own_callbacks_come_back_from_its_config_file_and_else_are_said_to_be_gone(run, tmp_path, capsys):
+def test_a_users_callbacks_are_restored_from_the_runs_config_file_only(run, tmp_path, capsys):
     folder = Path(shutil.copytree(run, tmp_path / "tiny" / "version_0"))
-    own, last = folder / "config.yaml", folder / "checkpoints" / "last.ckpt"
-    config = yaml.safe_load(own.read_text())
-    config["trainer"] |= {"callbacks": [{"class_path": f"{__name__}.Mine"}], "default_root_dir": str(tmp_path)}
-    own.write_text(yaml.safe_dump(config))
-    saved = read_checkpoint(last)
-    write_checkpoint(saved | {"config": own.read_text()}, last)
+    config_file, last = folder / "config.yaml", folder / "checkpoints" / "last.ckpt"
+    config = yaml.safe_load(config_file.read_text())
+    config["trainer"] |= {"callbacks": [{"class_path": f"{__name__}.UserCallback"}], "default_root_dir": str(tmp_path)}
+    config_file.write_text(yaml.safe_dump(config))
+    checkpoint = read_checkpoint(last)
+    write_checkpoint(checkpoint | {"config": config_file.read_text()}, last)
     shutil.copy(last, tmp_path / "copy.ckpt")
     capsys.readouterr()
     more = [f"--trainer.default_root_dir={tmp_path}", "--sample.length=0", "--trainer.max_steps"]
     main(["fit", f"--ckpt_path={last}", *more, "6"])
-    told = capsys.readouterr()
-    assert "mine since 5" in told.out and "brings along" not in told.err
+    captured = capsys.readouterr()
+    assert "user callback since 5" in captured.out and "brings along" not in captured.err
     main(["fit", f"--ckpt_path={tmp_path}/copy.ckpt", *more, "6"])
-    told = capsys.readouterr()
-    assert "mine since" not in told.out and "the run had trainer.callbacks of its own" in told.err
-    main(["fit", f"--ckpt_path={last}", f"--config={own}", *more, "7"])  # Lightning's own idiom
-    main(["validate", f"--config={own}", f"--ckpt_path={last}"])
-    told = capsys.readouterr()
-    assert "mine since 6" in told.out and "val/loss" in told.out and "brings along" not in told.err
+    captured = capsys.readouterr()
+    assert "user callback since" not in captured.out and "the run had trainer.callbacks of its own" in captured.err
+    main(["fit", f"--ckpt_path={last}", f"--config={config_file}", *more, "7"])  # Lightning's usual way
+    main(["validate", f"--config={config_file}", f"--ckpt_path={last}"])
+    captured = capsys.readouterr()
+    assert "user callback since 6" in captured.out and "val/loss" in captured.out and "brings along" not in captured.err
     assert read_checkpoint(last)["global_step"] == 7
 
 
-def test_an_average_starts_from_the_weights_and_ends_when_a_run_goes_on(run, tmp_path, capsys):
+def test_a_resumed_run_can_start_or_drop_the_weight_average(run, tmp_path, capsys):
     last, more = run / "checkpoints" / "last.ckpt", ["--sample.length=0", "--model.learning_rate=0"]
     with_ema = ["--model.ema_decay=0.9", "--trainer.max_steps=6", f"--trainer.default_root_dir={tmp_path}/a"]
     main(["fit", f"--ckpt_path={last}", *with_ema, *more])
@@ -458,14 +458,14 @@ def test_an_average_starts_from_the_weights_and_ends_when_a_run_goes_on(run, tmp
         ("--trainer.precision=transformer-engine", "trainer.precision=transformer-engine"),
     ],
 )
-def test_what_a_resumed_run_can_not_change_is_said_in_one_sentence(run, tmp_path, fails, flag, message):
+def test_settings_that_a_resumed_run_cannot_change_are_refused(run, tmp_path, fails, flag, message):
     last = run / "checkpoints" / "last.ckpt"
     assert message in fails("fit", f"--ckpt_path={last}", flag, "--trainer.max_steps=6")
     if "data" in flag:
         assert message in fails("validate", f"--ckpt_path={last}", flag)
 
 
-def test_lightning_loads_it_without_a_trainer_and_from_one_byte_a_weight(run, tmp_path):
+def test_load_from_checkpoint_reads_full_and_int8_checkpoints(run, tmp_path):
     net, _ = load_net(last := run / "checkpoints" / "last.ckpt")
     lm = LanguageModel.load_from_checkpoint(last)
     assert all(torch.equal(w, lm.net.state_dict()[name]) for name, w in net.state_dict().items())
@@ -477,71 +477,71 @@ def test_lightning_loads_it_without_a_trainer_and_from_one_byte_a_weight(run, tm
     assert all(torch.equal(w, lm.net.state_dict()[name]) for name, w in small.state_dict().items())
 
 
-# --- any file at all --------------------------------------------------------------------------------------------------
+# --- arbitrary files --------------------------------------------------------------------------------------------------
 
 SCALARS = [None, True, False, 0, 1, -1, 7, 2**31, 2**53 + 1, 2**62, -(2**62), 0.0, 0.5, -1.5, 1e300, math.inf, math.nan]
 SCALARS += ["", "a", "null", "~", "# a", "evil.Evil", "../../out", "/dev/zero", "a" * 5000, "\0", "é😀", "[" * 300]
-EVILS = [EVIL, EVIL[0], SAVER, {"class_path": "os.system", "init_args": {"command": "touch bomb"}}]
-NO_CONFIGS = [BOMB, "- a", "{", "\0", "a: " + "[" * 9999, "trainer: {plugins+: !!python/name:os.a }", "é" * 10**6]
+EVIL_VALUES = [EVIL, EVIL[0], SAVER, {"class_path": "os.system", "init_args": {"command": "touch bomb"}}]
+BAD_CONFIGS = [BOMB, "- a", "{", "\0", "a: " + "[" * 9999, "trainer: {plugins+: !!python/name:os.a }", "é" * 10**6]
 SHAPES, TYPES = [(), (0,), (1,), (16,), (32, 16), (3, 4, 5)], [*FLOAT_DTYPES, torch.int64, torch.bool]
 
 
-def some_value(dice, depth=0):
-    """A value of any type, size and nesting that a pickle of plain data can hold."""
-    kind = dice.randrange(14 if depth < 4 else 6)
-    if kind < 6:
-        return dice.choice(SCALARS)
-    if kind < 8:
-        return [some_value(dice, depth + 1) for _ in range(dice.randrange(4))]
-    if kind < 10:
-        return {dice.choice([*"abc", *SCALARS[:9]]): some_value(dice, depth + 1) for _ in range(dice.randrange(4))}
-    if kind == 10:
-        return tuple(some_value(dice, depth + 1) for _ in range(3))
-    if kind == 11:
-        return deepcopy(dice.choice(EVILS))
-    if kind == 12:
-        w = torch.zeros(dice.choice(SHAPES), dtype=dice.choice(TYPES))
-        return dice.choice([w, w + 1, w.to_sparse() if w.dim() else w, w.to("meta"), w.expand(7, *w.shape), w / 0])
-    deep = some_value(dice, depth + 1)
-    for _ in range(dice.choice([3, 30, 300])):
-        deep = [deep, deep] if dice.random() < 0.5 else {"a": deep}
-    return deep
+def random_value(rng, depth=0):
+    """A random value of any type, size and nesting that a pickle of plain data can hold."""
+    choice = rng.randrange(14 if depth < 4 else 6)
+    if choice < 6:
+        return rng.choice(SCALARS)
+    if choice < 8:
+        return [random_value(rng, depth + 1) for _ in range(rng.randrange(4))]
+    if choice < 10:
+        return {rng.choice([*"abc", *SCALARS[:9]]): random_value(rng, depth + 1) for _ in range(rng.randrange(4))}
+    if choice == 10:
+        return tuple(random_value(rng, depth + 1) for _ in range(3))
+    if choice == 11:
+        return deepcopy(rng.choice(EVIL_VALUES))
+    if choice == 12:
+        w = torch.zeros(rng.choice(SHAPES), dtype=rng.choice(TYPES))
+        return rng.choice([w, w + 1, w.to_sparse() if w.dim() else w, w.to("meta"), w.expand(7, *w.shape), w / 0])
+    nested = random_value(rng, depth + 1)
+    for _ in range(rng.choice([3, 30, 300])):
+        nested = [nested, nested] if rng.random() < 0.5 else {"a": nested}
+    return nested
 
 
-def places(value, path=()):
-    """The ways to all that is in a checkpoint."""
+def key_paths(value, path=()):
+    """The path of keys to every item in a checkpoint."""
     if path:
         yield path
     if isinstance(value, (dict, list)):
         for key in value if isinstance(value, dict) else range(len(value)):
-            yield from places(value[key], (*path, key))
+            yield from key_paths(value[key], (*path, key))
 
 
-def crafted(saved, config, dice):
-    """A checkpoint some of whose fields, or whose config text, is anything at all."""
-    ways, saved, config = list(places(saved)), deepcopy(saved), deepcopy(config)
-    for _ in range(dice.choice([1, 1, 1, 2, 5])):
-        if dice.random() < 0.4:
+def corrupt(checkpoint, config, rng):
+    """A copy of a checkpoint with random values for some fields or for its config text."""
+    paths, checkpoint, config = list(key_paths(checkpoint)), deepcopy(checkpoint), deepcopy(config)
+    for _ in range(rng.choice([1, 1, 1, 2, 5])):
+        if rng.random() < 0.4:
             parts = [part for part in (config, *config.values(), *[config["trainer"]] * 3) if type(part) is dict]
-            part, end = dice.choice(parts), dice.choice(["", "", "", "+", ".class_path", ".init_args"])
-            part[dice.choice([*part, "callbacks", "plugins", "logger", "profiler"]) + end] = some_value(dice)
+            part, end = rng.choice(parts), rng.choice(["", "", "", "+", ".class_path", ".init_args"])
+            part[rng.choice([*part, "callbacks", "plugins", "logger", "profiler"]) + end] = random_value(rng)
             continue
-        top = dice.choice([*saved, MODEL, DATA, MODEL, DATA, "state_dict"])
-        path = dice.choice([path for path in ways if path[0] == top] or [("more",)])
-        path = dice.choice([path, path, (*path[:-1], "more")])
-        with suppress(KeyError, IndexError, TypeError):  # what was there is something else by now
-            put(saved, path, ... if dice.random() < 0.15 else some_value(dice))
-    if isinstance(saved.get("config"), str):
+        top = rng.choice([*checkpoint, MODEL, DATA, MODEL, DATA, "state_dict"])
+        path = rng.choice([path for path in paths if path[0] == top] or [("more",)])
+        path = rng.choice([path, path, (*path[:-1], "more")])
+        with suppress(KeyError, IndexError, TypeError):  # an earlier change removed that item
+            set_item(checkpoint, path, ... if rng.random() < 0.15 else random_value(rng))
+    if isinstance(checkpoint.get("config"), str):
         try:
-            saved["config"] = yaml.safe_dump(config) if dice.random() < 0.95 else dice.choice(NO_CONFIGS)
-        except (yaml.YAMLError, RecursionError, TypeError):  # a tensor, or too deep
-            saved["config"] = dice.choice(NO_CONFIGS)
-    return saved
+            checkpoint["config"] = yaml.safe_dump(config) if rng.random() < 0.95 else rng.choice(BAD_CONFIGS)
+        except (yaml.YAMLError, RecursionError, TypeError):  # it has a tensor, or nests too deep
+            checkpoint["config"] = rng.choice(BAD_CONFIGS)
+    return checkpoint
 
 
 @pytest.fixture(scope="module")
 def parser():
-    """The part of the command line that reads a checkpoint's settings."""
+    """The part of the command line that parses a checkpoint's settings."""
     parser = TrainingParser()
     parser.add_argument("--config", action="config")
     for made_of, name in (L.Trainer, "trainer"), (LanguageModel, "model"), (TextDataModule, "data"):
@@ -549,14 +549,14 @@ def parser():
     return parser
 
 
-def refuses_or_takes(path, parser, capsys):
-    """Read a file as each command does, up to where Lightning starts; it ends with one sentence, if it does not fit."""
+def try_to_load(path, parser, capsys):
+    """Read a file as each command does before Lightning starts; return "" or its one-line error message."""
     try:
         net, tokenizer = load_net(path)
-        saved = read_verified(path)
+        checkpoint = read_verified(path)
         tokenizer.decode(generate_ids(net, torch.zeros(1, 1, dtype=torch.int64), 2)[0])
         for command in "fit", "validate":
-            settings = run_settings(saved, command)
+            settings = run_settings(checkpoint, command)
             trainer = settings["trainer"]
             assert set(trainer) <= FROM_TRAINER and not any(names_classes(key, trainer[key]) for key in trainer)
             assert yaml.safe_load(to_quoted_yaml(settings)) == as_lists(settings)
@@ -564,10 +564,10 @@ def refuses_or_takes(path, parser, capsys):
                 [f"--config={to_quoted_yaml({key: settings[key] for key in ('trainer', 'model', 'data')})}"]
             )
             lm = LanguageModel(**config.model)
-        assert class_settings(path, saved, ".")[0] == {}
-        if "optimizer_states" in saved:
-            check_optimizer_state(saved["optimizer_states"], lm.parameter_groups())
-            check_counters(saved.get("loops"), saved.get("loops"), "loops")
+        assert class_settings(path, checkpoint, ".")[0] == {}
+        if "optimizer_states" in checkpoint:
+            check_optimizer_state(checkpoint["optimizer_states"], lm.parameter_groups())
+            check_counters(checkpoint.get("loops"), checkpoint.get("loops"), "loops")
     except ValueError as error:
         assert "\n" not in str(error) and len(str(error)) < 1000
         return str(error)
@@ -578,34 +578,34 @@ def refuses_or_takes(path, parser, capsys):
 
 
 @pytest.mark.parametrize("times", [25, pytest.param(1000, marks=pytest.mark.slow)])
-def test_a_crafted_file_runs_no_code_and_is_taken_or_refused_in_a_moment(
-    saved, tmp_path, monkeypatch, parser, capsys, times
+def test_a_corrupted_file_runs_no_code_and_is_loaded_or_refused_quickly(
+    checkpoint, tmp_path, monkeypatch, parser, capsys, times
 ):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "evil.py").write_text("open('bomb', 'w')\nclass Evil: ...")
-    path, config, outcomes, slowest = tmp_path / "x.ckpt", yaml.safe_load(saved["config"]), Counter(), 0.0
+    path, config, outcomes, slowest = tmp_path / "x.ckpt", yaml.safe_load(checkpoint["config"]), Counter(), 0.0
     for seed in range(times):
         try:
-            write_checkpoint(crafted(saved, config, random.Random(seed)), path)
-        except RecursionError:  # no pickle holds it
+            write_checkpoint(corrupt(checkpoint, config, random.Random(seed)), path)
+        except RecursionError:  # it cannot be pickled
             continue
         since = time.perf_counter()
-        outcomes[re.sub("[^a-z ]+", "", refuses_or_takes(path, parser, capsys).split(": ")[-1])[:40]] += 1
+        outcomes[re.sub("[^a-z ]+", "", try_to_load(path, parser, capsys).split(": ")[-1])[:40]] += 1
         slowest = max(slowest, time.perf_counter() - since)
         assert slowest < 20, seed
     assert {file.name for file in tmp_path.iterdir()} <= {"evil.py", "x.ckpt", "__pycache__"}
-    assert 0.05 * times < outcomes[""] < 0.9 * times  # both ends are met
+    assert 0.05 * times < outcomes[""] < 0.9 * times  # both outcomes occur
     print(f"\n{outcomes.total()} files, slowest {slowest:.2f} s", *outcomes.most_common(), sep="\n")
 
 
 @pytest.mark.slow
-def test_a_crafted_file_is_taken_or_refused_by_each_command(saved, nursery, tmp_path):
+def test_every_command_loads_or_refuses_a_corrupted_file(checkpoint, launcher, tmp_path):
     (tmp_path / "evil.py").write_text("open('bomb', 'w')\nclass Evil: ...")
     quick = ["--sample.length=0", "--trainer.max_steps=6", "--trainer.max_time=00:00:00:20"]
-    path, config, corpus = tmp_path / "x.ckpt", yaml.safe_load(saved["config"]), saved[DATA]["corpus"]
+    path, config, corpus = tmp_path / "x.ckpt", yaml.safe_load(checkpoint["config"]), checkpoint[DATA]["corpus"]
     for seed in range(50):
-        write_checkpoint(crafted(saved, config, random.Random(10_000 + seed)), path)
+        write_checkpoint(corrupt(checkpoint, config, random.Random(10_000 + seed)), path)
         for command in (
             ["fit", f"--ckpt_path={path}", *quick],
             ["fit", *TINY, f"--model.init_from={path}", f"--data.corpus={corpus}", *quick],
@@ -615,8 +615,8 @@ def test_a_crafted_file_is_taken_or_refused_by_each_command(saved, nursery, tmp_
             ["quantize", f"--ckpt_path={path}", "--output=small.ckpt"],
             ["export", "--to=safetensors", f"--ckpt_path={path}", "--output=x.safetensors"],
         ):
-            code = nursery.run(tmp_path, *command)
-            told = nursery.log.read_text() if nursery.log.exists() else ""
-            assert code in (0, 1, 2) and "Traceback" not in told, (seed, command, told[-2000:])
-            nursery.log.unlink(missing_ok=True)
+            code = launcher.run(tmp_path, *command)
+            output = launcher.log.read_text() if launcher.log.exists() else ""
+            assert code in (0, 1, 2) and "Traceback" not in output, (seed, command, output[-2000:])
+            launcher.log.unlink(missing_ok=True)
     assert not (tmp_path / "bomb").exists() and not (tmp_path / "elsewhere").exists()

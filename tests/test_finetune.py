@@ -1,4 +1,4 @@
-"""Fine-tuning: a run of its own that starts from other weights."""
+"""Fine-tuning: a new run that starts from the weights of a checkpoint."""
 
 import shutil
 from pathlib import Path
@@ -26,7 +26,7 @@ SMALL = ["--trainer.accelerator=cpu", "--trainer.devices=1", "--trainer.strategy
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory, text_file):
-    """The last checkpoint of a run with an average, n-grams and Muon; sizes unlike the defaults in all."""
+    """The last checkpoint of a run with a weight average, n-grams and Muon; no size is the default."""
     root = tmp_path_factory.mktemp("base")
     fit(root, text_file, *TINY, *SHAPE, *RECIPE)
     return root / "tiny" / "version_0" / "checkpoints" / "last.ckpt"
@@ -34,7 +34,7 @@ def base(tmp_path_factory, text_file):
 
 @pytest.fixture
 def play(tmp_path, text_file):
-    """Another text of the same characters."""
+    """Another text with the same characters."""
     (tmp_path / "play.txt").write_text(text_file.read_text()[::-1])
     return tmp_path / "play.txt"
 
@@ -44,17 +44,17 @@ def fit(root, corpus, *flags):
 
 
 def tune(root, base, corpus, *flags):
-    """Fine-tune for four steps; the last checkpoint, read."""
-    few = ["--trainer.max_steps=4", "--trainer.val_check_interval=2", "--model.min_lr_ratio=1"]
-    fit(root, corpus, "--config=finetune", *SMALL, *few, f"--model.init_from={base}", *flags)
+    """Fine-tune for four steps and return the last checkpoint."""
+    short = ["--trainer.max_steps=4", "--trainer.val_check_interval=2", "--model.min_lr_ratio=1"]
+    fit(root, corpus, "--config=finetune", *SMALL, *short, f"--model.init_from={base}", *flags)
     return read_checkpoint(Path(root) / "finetune" / "version_0" / "checkpoints" / "last.ckpt")
 
 
-def weights(saved, prefix):
-    return {k.removeprefix(prefix): w for k, w in saved["state_dict"].items() if k.startswith(prefix)}
+def weights(checkpoint, prefix):
+    return {k.removeprefix(prefix): w for k, w in checkpoint["state_dict"].items() if k.startswith(prefix)}
 
 
-def test_it_starts_from_the_average_with_the_checkpoints_sizes_and_vocabulary(tmp_path, base, play):
+def test_fine_tuning_starts_from_the_average_with_the_checkpoints_sizes_and_vocabulary(tmp_path, base, play):
     start = read_checkpoint(base)
     tuned = tune(tmp_path, base, play, "--model.learning_rate=0", "--model.ema_decay=0.9")
     for prefix in "net.", "ema_net.":
@@ -65,28 +65,28 @@ def test_it_starts_from_the_average_with_the_checkpoints_sizes_and_vocabulary(tm
     assert tuned["global_step"] == 4 and tuned["hyper_parameters"]["n_layer"] == 2
 
 
-def test_a_resumed_fine_tuning_is_bitwise_the_unbroken_one_and_needs_no_first_checkpoint(tmp_path, base, play):
-    how = ["--model.freeze_layers=1", *RECIPE]
+def test_a_resumed_fine_tuning_equals_the_unbroken_one_bit_for_bit_without_the_first_checkpoint(tmp_path, base, play):
+    flags = ["--model.freeze_layers=1", *RECIPE]
     copy = shutil.copy(base, tmp_path / "start.ckpt")
-    tune(tmp_path / "a", copy, play, *how)
+    tune(tmp_path / "a", copy, play, *flags)
     Path(copy).unlink()
     last = tmp_path / "a" / "finetune" / "version_0" / "checkpoints" / "last.ckpt"
     main(["fit", f"--ckpt_path={last}", "--trainer.max_steps=7", f"--trainer.default_root_dir={tmp_path}/a"])
-    unbroken, resumed = tune(tmp_path / "b", base, play, *how, "--trainer.max_steps=7"), read_checkpoint(last)
+    unbroken, resumed = tune(tmp_path / "b", base, play, *flags, "--trainer.max_steps=7"), read_checkpoint(last)
     assert resumed["global_step"] == unbroken["global_step"] == 7
     for name, w in unbroken["state_dict"].items():
         assert torch.equal(resumed["state_dict"][name], w), name
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
-def test_frozen_layers_stay_and_the_others_learn(tmp_path, base, play, optimizer):
+def test_frozen_layers_stay_the_same_and_the_others_change(tmp_path, base, play, optimizer):
     start = weights(read_checkpoint(base), "ema_net.")
     tuned = weights(tune(tmp_path, base, play, "--model.freeze_layers=1", f"--model.optimizer={optimizer}"), "net.")
     for name, w in tuned.items():
         assert torch.equal(w, start[name]) == name.startswith(("w", "h.0.")), name
 
 
-def test_a_vocabulary_that_is_extended_leaves_the_old_texts_alone(tmp_path, base, play):
+def test_extending_the_vocabulary_keeps_old_ids_and_logits(tmp_path, base, play):
     text = "Zoë sat on a mat\n" * 30
     play.write_text(text + play.read_text())
     tune(tmp_path, base, play, "--data.on_unknown=extend", "--model.learning_rate=0")
@@ -100,7 +100,7 @@ def test_a_vocabulary_that_is_extended_leaves_the_old_texts_alone(tmp_path, base
     main(["validate", f"--ckpt_path={last}"])
 
 
-def test_a_shorter_context_takes_the_first_positions(tmp_path, text_file, play):
+def test_a_shorter_context_keeps_the_first_position_embeddings(tmp_path, text_file, play):
     fit(tmp_path, text_file, *TINY)
     first = tmp_path / "tiny" / "version_0" / "checkpoints" / "last.ckpt"
     tuned = tune(tmp_path, first, play, "--model.block_size=7", "--model.learning_rate=0")
@@ -119,26 +119,26 @@ def test_a_shorter_context_takes_the_first_positions(tmp_path, text_file, play):
         (["--model.init_from=nowhere.ckpt"], "nowhere.ckpt does not exist"),
     ],
 )
-def test_what_does_not_fit_the_checkpoint_is_refused(tmp_path, base, play, fails, flags, message):
-    where = [f"--data.corpus={play}", f"--trainer.default_root_dir={tmp_path}/run"]
-    assert message in fails("fit", "--config=finetune", *SMALL, f"--model.init_from={base}", *where, *flags)
+def test_settings_that_contradict_the_checkpoint_are_refused(tmp_path, base, play, fails, flags, message):
+    paths = [f"--data.corpus={play}", f"--trainer.default_root_dir={tmp_path}/run"]
+    assert message in fails("fit", "--config=finetune", *SMALL, f"--model.init_from={base}", *paths, *flags)
 
 
-def test_unknown_characters_are_named_and_frozen_embeddings_can_not_learn_them(tmp_path, base, play, fails):
+def test_unknown_characters_are_named_and_refused_with_frozen_embeddings(tmp_path, base, play, fails):
     play.write_text("Zoë\n" * 300)
-    ask = ["fit", "--config=finetune", *SMALL, f"--model.init_from={base}", f"--data.corpus={play}"]
-    ask += [f"--trainer.default_root_dir={tmp_path}/run"]
-    told = fails(*ask)
-    assert "'Zë'" in told and "--data.on_unknown drop, replace or extend" in told
-    assert "'Zë'" in fails(*ask, "--data.on_unknown=extend", "--model.freeze_layers=1")
+    args = ["fit", "--config=finetune", *SMALL, f"--model.init_from={base}", f"--data.corpus={play}"]
+    args += [f"--trainer.default_root_dir={tmp_path}/run"]
+    error = fails(*args)
+    assert "'Zë'" in error and "--data.on_unknown drop, replace or extend" in error
+    assert "'Zë'" in fails(*args, "--data.on_unknown=extend", "--model.freeze_layers=1")
 
 
-def test_a_vocabulary_is_not_extended_when_a_run_goes_on_or_is_validated(base, fails):
+def test_a_vocabulary_cannot_be_extended_by_resuming_or_validating(base, fails):
     for command in "fit", "validate":
         assert "would change the vocabulary" in fails(command, f"--ckpt_path={base}", "--data.on_unknown=extend")
 
 
-def test_weights_of_another_tokenizer_or_shape_are_refused_with_both_named(base):
+def test_weights_for_another_tokenizer_or_shape_are_refused_naming_both(base):
     net, tokenizer = load_net(base)
     fresh = net.state_dict()
     with pytest.raises(ValueError, match=f"{len(tokenizer)} tokens of its CharTokenizer.* 256 of a ByteTokenizer"):
@@ -151,16 +151,16 @@ def test_weights_of_another_tokenizer_or_shape_are_refused_with_both_named(base)
         transfer_weights(base, fresh | {"wpe.weight": torch.zeros(9, 16)}, tokenizer)
 
 
-def test_a_checkpoint_that_is_older_than_these_settings_goes_on_and_is_started_from(tmp_path, text_file, play):
+def test_a_checkpoint_without_the_newer_settings_can_be_resumed_and_fine_tuned(tmp_path, text_file, play):
     fit(tmp_path, text_file, *TINY)
     last = tmp_path / "tiny" / "version_0" / "checkpoints" / "last.ckpt"
-    saved = read_checkpoint(last)
+    checkpoint = read_checkpoint(last)
     for part in "hyper_parameters", "datamodule_hyper_parameters":
         for name in "tokenizer", "on_unknown", "init_from", "freeze_layers":
-            saved[part].pop(name, None)
-    saved["config"] = "\n".join(line for line in saved["config"].splitlines() if "on_unknown:" not in line)
-    write_checkpoint(saved, last)
+            checkpoint[part].pop(name, None)
+    checkpoint["config"] = "\n".join(line for line in checkpoint["config"].splitlines() if "on_unknown:" not in line)
+    write_checkpoint(checkpoint, last)
     tune(tmp_path, last, play)
     main(["validate", f"--ckpt_path={last}"])
     main(["fit", f"--ckpt_path={last}", "--trainer.max_steps=7", f"--trainer.default_root_dir={tmp_path}"])
-    assert read_checkpoint(last)["global_step"] == 7  # in its own folder
+    assert read_checkpoint(last)["global_step"] == 7  # the run continued in its own folder

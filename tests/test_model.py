@@ -1,4 +1,4 @@
-"""What a GPT must be, whoever wrote it."""
+"""The GPT against its formulas, against Hugging Face's GPT-2 and against what can be learnt."""
 
 import math
 
@@ -46,10 +46,10 @@ def test_logits_and_loss_equal_hugging_faces_gpt2(idx, tied):
     torch.testing.assert_close(ours(idx), theirs.logits, rtol=0, atol=1e-12)
     torch.testing.assert_close(
         next_token_loss(ours, idx[:, :-1], idx[:, 1:]), theirs.loss.double(), rtol=0, atol=1e-6
-    )  # float32
+    )  # Hugging Face computes the loss in float32
 
 
-def test_relu_and_no_biases_are_what_they_say(idx):
+def test_the_mlp_with_relu_and_without_biases_is_its_formula(idx):
     net = loud(GPT(GPTConfig(V, T, 1, 2, 16, 0.0, bias=False, activation="relu")))
     assert not [name for name, _ in net.named_parameters() if name.endswith("bias")]
     mlp, x = net.h[0].mlp, torch.randn(2, T, 16, dtype=torch.float64)
@@ -57,25 +57,25 @@ def test_relu_and_no_biases_are_what_they_say(idx):
     torch.testing.assert_close(mlp(x), by_hand, rtol=0, atol=1e-12)
 
 
-def test_without_layers_it_sees_one_token_only(idx):
+def test_without_layers_logits_depend_on_the_last_token_alone(idx):
     net = loud(GPT(GPTConfig(V, T, n_layer=0, n_head=1, n_embd=16, dropout=0.0)))
     other = idx.clone()
     other[:, :-1] = 0
     assert torch.equal(net(idx)[:, -1], net(other)[:, -1])
 
 
-def test_first_loss_is_that_of_a_uniform_guess():
+def test_the_first_loss_is_that_of_uniform_predictions():
     torch.manual_seed(0)
     net, x = GPT(GPTConfig(65, 32, 2, 2, 32, 0.0)), torch.randint(65, (8, 32))
     assert next_token_loss(net, x, x.roll(1)).item() == pytest.approx(math.log(65), abs=0.05)
 
 
-def test_weights_start_as_gpt2s():
+def test_weights_are_initialized_as_in_gpt2():
     torch.manual_seed(0)
     net = GPT(GPTConfig(65, 32, 8, 4, 256, 0.0))
     std = {name: p.std().item() for name, p in net.named_parameters() if p.dim() == 2}
-    thin = 0.02 / math.sqrt(2 * 8)
-    assert all(s == pytest.approx(thin if "c_proj" in name else 0.02, rel=0.05) for name, s in std.items())
+    residual = 0.02 / math.sqrt(2 * 8)
+    assert all(s == pytest.approx(residual if "c_proj" in name else 0.02, rel=0.05) for name, s in std.items())
     assert not any(p.any() for name, p in net.named_parameters() if name.endswith("bias"))
 
 
@@ -90,7 +90,7 @@ def learn(net, batches):
     return losses
 
 
-def test_one_batch_can_be_learnt_by_heart():
+def test_one_batch_can_be_memorized():
     torch.manual_seed(0)
     batch = torch.randint(65, (4, 32)), torch.randint(65, (4, 32))
     assert learn(GPT(GPTConfig(65, 32, 2, 2, 64, 0.0)), [batch] * 150)[-1] < 0.05
@@ -103,37 +103,37 @@ def test_noise_cannot_be_predicted():
     assert sum(losses[200:]) / 100 > math.log(16) - 0.01
 
 
-def test_dropout_has_the_asked_probability_in_training_and_none_else(idx, monkeypatch):
-    net, asked = GPT(GPTConfig(V, T, n_layer=3, n_head=2, n_embd=16, dropout=0.3)), []
+def test_dropout_has_the_given_probability_in_training_and_none_in_evaluation(idx, monkeypatch):
+    net, rates = GPT(GPTConfig(V, T, n_layer=3, n_head=2, n_embd=16, dropout=0.3)), []
     dropout, attention = F.dropout, F.scaled_dot_product_attention
 
-    def watched_dropout(x, p, training):
-        asked.append(p if training else 0.0)
+    def recording_dropout(x, p, training):
+        rates.append(p if training else 0.0)
         return dropout(x, p, training)
 
-    def watched_attention(*qkv, dropout_p, **how):
-        asked.append(dropout_p)
-        return attention(*qkv, dropout_p=dropout_p, **how)
+    def recording_attention(*qkv, dropout_p, **kwargs):
+        rates.append(dropout_p)
+        return attention(*qkv, dropout_p=dropout_p, **kwargs)
 
-    monkeypatch.setattr(F, "dropout", watched_dropout)
-    monkeypatch.setattr(F, "scaled_dot_product_attention", watched_attention)
+    monkeypatch.setattr(F, "dropout", recording_dropout)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", recording_attention)
     for training, p in (True, 0.3), (False, 0.0):
-        asked.clear()
+        rates.clear()
         net.train(training)(idx)
-        assert asked == [p] * (1 + 3 * len(net.h))  # embedding; in each block attention and two branches
+        assert rates == [p] * (1 + 3 * len(net.h))  # the embedding; in each block, attention and two branches
 
 
-# --- the settings beyond GPT-2, each against its formula written out --------------------------------------------------
+# --- settings that GPT-2 does not have, each against its formula ------------------------------------------------------
 
 
-def test_rms_norm_is_x_over_its_root_mean_square(modern):
+def test_rmsnorm_divides_by_the_root_mean_square(modern):
     x = torch.randn(2, T, 16, dtype=torch.float64)
     by_hand = x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
     torch.testing.assert_close(modern.h[0].ln_1(x), by_hand, rtol=0, atol=1e-12)
     assert len(list(modern.ln_f.parameters())) == 0
 
 
-def test_rotary_is_a_complex_number_turned_by_its_position():
+def test_rope_rotates_complex_numbers_by_their_position():
     x, D = torch.randn(2, T, 3, 8, dtype=torch.float64), 8
     z = torch.complex(x[..., :4], x[..., 4:])
     angle = torch.arange(T)[:, None] * 10_000.0 ** (-2 * torch.arange(4, dtype=torch.float64) / D)
@@ -142,7 +142,7 @@ def test_rotary_is_a_complex_number_turned_by_its_position():
     torch.testing.assert_close(apply_rope(x, rope_table(T, D).double()), by_hand, rtol=0, atol=1e-5)  # a float32 table
 
 
-def test_rotary_attention_feels_distances_only():
+def test_rope_scores_depend_on_distances_alone():
     q, k = torch.randn(2, 1, 1, 1, 8, dtype=torch.float64)
     q, k = (apply_rope(z.expand(1, T, 1, 8), rope_table(T, 8).double())[0, :, 0] for z in (q, k))
     scores = q @ k.T
@@ -150,7 +150,7 @@ def test_rotary_attention_feels_distances_only():
     assert not torch.allclose(scores[3], scores[3, 0])
 
 
-def test_qk_norm_and_rotary_stand_before_the_scores(modern):
+def test_qk_norm_and_rope_are_applied_before_the_scores(modern):
     layer, x = modern.h[0].attn, torch.randn(2, T, 16, dtype=torch.float64)
     q, k, v = (part.view(2, T, 2, 8) for part in layer.c_attn(x).chunk(3, -1))
     q, k = (apply_rope(z / (z.square().mean(-1, keepdim=True) + 1e-6).sqrt(), modern.rope) for z in (q, k))
@@ -175,7 +175,7 @@ def test_the_mlp_is_its_formula(activation):
     torch.testing.assert_close(mlp(x), inner @ mlp.c_proj.weight.T, rtol=0, atol=1e-12)
 
 
-def test_logits_are_capped_softly(modern, idx):
+def test_logits_are_soft_capped(modern, idx):
     x = modern.features(idx)
     raw = modern.lm_head(modern.ln_f(x)) * 3
     modern.lm_head.weight.data *= 3
@@ -183,7 +183,7 @@ def test_logits_are_capped_softly(modern, idx):
     assert modern(idx).abs().max() < 5 < raw.abs().max()
 
 
-def test_zero_init_starts_as_a_uniform_guess_with_weights_of_the_right_size(idx):
+def test_zero_init_starts_with_uniform_predictions_and_weights_of_the_right_scale(idx):
     torch.manual_seed(0)
     net = GPT(GPTConfig(V, T, n_layer=2, n_head=4, n_embd=256, dropout=0.0, init="zero", ngram_max=2, ngram_buckets=50))
     assert next_token_loss(net, idx, idx).item() == pytest.approx(math.log(V), abs=1e-6)
@@ -193,7 +193,7 @@ def test_zero_init_starts_as_a_uniform_guess_with_weights_of_the_right_size(idx)
         assert p.square().mean().sqrt().item() == pytest.approx(size, rel=0.05), name
 
 
-def test_ngrams_are_a_table_of_pairs_and_triples(modern, idx):
+def test_ngram_embeddings_sum_hashed_pairs_and_triples(modern, idx):
     def row(*tokens):  # newest first
         key = tokens[0]
         for token in tokens[1:]:
@@ -208,7 +208,7 @@ def test_ngrams_are_a_table_of_pairs_and_triples(modern, idx):
             torch.testing.assert_close(modern.ngram_embeddings(idx)[b, t], by_hand, rtol=0, atol=1e-12)
 
 
-def test_rotary_with_an_odd_head_is_refused():
+def test_rope_with_an_odd_head_size_is_refused():
     with pytest.raises(ValueError, match="every head an odd number, 3"):
         GPTConfig(V, T, 1, n_head=4, n_embd=12, position="rope")
 

@@ -1,4 +1,4 @@
-"""The notebook runs from top to bottom, and is stored as it was written."""
+"""The notebook runs from top to bottom and is stored without outputs."""
 
 import os
 import re
@@ -14,9 +14,9 @@ NOTEBOOK = Path(__file__).parents[1] / "notebooks" / "lets_build_gpt.ipynb"
 
 
 @pytest.mark.slow
-def test_it_runs_from_top_to_bottom(tmp_path, monkeypatch):
+def test_the_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch):
     monkeypatch.setenv("LETS_BUILD_GPT_SHORT", "1")
-    monkeypatch.setenv("TMPDIR", str(tmp_path))  # where TensorBoard notes who runs
+    monkeypatch.setenv("TMPDIR", str(tmp_path))  # TensorBoard records its running processes here
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     try:
@@ -29,15 +29,15 @@ def test_it_runs_from_top_to_bottom(tmp_path, monkeypatch):
     assert len(pictures) == 3 and all(picture.metadata["image/png"]["alt"] for picture in pictures)
     assert any("tensorboard-frame" in output.get("data", {}).get("text/html", "") for output in outputs)
     assert not [output.text for output in outputs if output.get("name") == "stderr"]
-    said = "".join(output.text for output in outputs if output.get("name") == "stdout")
-    assert "[46, 47, 47, 1, 58, 46, 43, 56, 43] -> hii there" in said  # the lecture's numbers, and so the data's
+    printed = "".join(output.text for output in outputs if output.get("name") == "stdout")
+    assert "[46, 47, 47, 1, 58, 46, 43, 56, 43] -> hii there" in printed  # the lecture's token ids
     if find_spec("ipywidgets"):
-        return  # then the bar is no text
-    bar = [line for line in re.split("[\r\n]", said) if line.startswith("Training: 100%")][-1]
-    assert all(f"{name}=" in bar for name in ("loss", "val", "best", "tokens/s")) and "Validation" not in said
+        return  # the progress bar is a widget then, not text
+    bar = [line for line in re.split("[\r\n]", printed) if line.startswith("Training: 100%")][-1]
+    assert all(f"{name}=" in bar for name in ("loss", "val", "best", "tokens/s")) and "Validation" not in printed
 
 
-def test_it_is_stored_without_outputs():
+def test_the_notebook_is_stored_without_outputs():
     notebook = nbformat.read(NOTEBOOK, as_version=4)
     nbformat.validate(notebook)
     assert not any(cell.outputs or cell.execution_count for cell in notebook.cells if cell.cell_type == "code")

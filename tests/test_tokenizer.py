@@ -1,4 +1,4 @@
-"""Text to ids and back, whatever the text and the tokenizer."""
+"""Every tokenizer encodes any text and decodes it back."""
 
 import json
 import os
@@ -27,7 +27,7 @@ from lightning_gpt.data.tokenizers import (
 )
 
 WORDS = "the cat sat on a mat, who's there? naïve café\n日本語 the then there\n\nquiz  42 "
-MERGES = "t h\nth e\nĠ the\nĠ t\nh e\nĠt he\na t\nr e\nÃ ¯\nc at\nĠ cat"  # a part of what a trainer would find
+MERGES = "t h\nth e\nĠ the\nĠ t\nh e\nĠt he\na t\nr e\nÃ ¯\nc at\nĠ cat"  # some of the merges that training would find
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def gpt2():
     try:
         return tokenizer if tokenizer.engine else None
     except ValueError:
-        pytest.skip("GPT-2's vocabulary is not on this machine and can't be downloaded")
+        pytest.skip("GPT-2's table is not on this machine and can't be downloaded")
 
 
 TOKENIZERS = [ByteTokenizer(), BPETokenizer(MERGES), BPETokenizer("")]
@@ -47,13 +47,13 @@ TOKENIZERS = [ByteTokenizer(), BPETokenizer(MERGES), BPETokenizer("")]
 @settings(max_examples=60, deadline=None)
 @example("the cat<|endoftext|>\r\n\0")
 @given(st.text() | st.text("thecarÃ¯ \n", max_size=300))
-def test_any_text_comes_back_and_its_tokens_count_its_characters(tokenizer, text):
+def test_decoding_inverts_encoding_and_tokens_count_the_characters(tokenizer, text):
     ids = tokenizer.encode(text)
     assert ids.dtype == torch.int64 and tokenizer.decode(ids) == text
     assert tokenizer.chars_per_token[ids].sum() == len(text)
 
 
-def test_any_text_comes_back_from_gpt2s_tokens(gpt2):
+def test_decoding_inverts_encoding_with_gpt2s_tokens(gpt2):
     @settings(max_examples=60, deadline=None)
     @given(st.text())
     def round_trip(text):
@@ -65,7 +65,7 @@ def test_any_text_comes_back_from_gpt2s_tokens(gpt2):
     assert gpt2.decode(torch.tensor([50256])) == "<|endoftext|>" and gpt2.chars_per_token[50256] == 0
 
 
-def test_byte_pairs_merge_in_the_order_of_their_table():
+def test_byte_pairs_are_merged_in_the_order_of_the_table():
     tokenizer = BPETokenizer(MERGES)
     pieces = [tokenizer.pieces[i].decode() for i in tokenizer.encode("the cat, the hat")]
     assert pieces == ["the", " cat", ",", " the", " ", "h", "at"]  # "Ġ the" comes before "Ġ t" and "Ġt he"
@@ -85,7 +85,7 @@ TEXTS |= made_of(" ", "\n", "a", ". ", "ab" * 20, "b" * 50)
 @settings(max_examples=200, deadline=None)
 @example("ab. " + "ab" * 100, 5, 50, 900)
 @given(TEXTS, st.integers(1, 60), st.integers(1, 150), st.integers(1, 900))
-def test_the_byte_pairs_of_a_text_do_not_depend_on_its_pieces(text, word, length, piece):
+def test_the_byte_pairs_of_a_text_do_not_depend_on_how_it_is_cut(text, word, length, piece):
     parts = [text[at : at + piece] for at in range(0, len(text), piece)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tokenizers, "MAX_WORD", word)
@@ -95,30 +95,30 @@ def test_the_byte_pairs_of_a_text_do_not_depend_on_its_pieces(text, word, length
         assert [i for piece in pieces for i in PAIRS.encode(piece).tolist()] == ids
         words = split_words(text)
     assert "".join(words) == text and max(map(len, words)) <= word
-    good = [at for at in range(1, len(text)) if does_not_show(text[at - 1], text[at])]
-    if all(b - a <= word for a, b in pairwise([0, *good, len(text)])):
+    safe_cuts = [at for at in range(1, len(text)) if is_safe_cut(text[at - 1], text[at])]
+    if all(b - a <= word for a, b in pairwise([0, *safe_cuts, len(text)])):
         assert ids == PAIRS.engine.encode(text).ids
 
 
-def does_not_show(before, after):
-    """Whether GPT-2's pattern cuts between these two characters, whatever else there is."""
+def is_safe_cut(before, after):
+    """Whether GPT-2's pattern splits between these two characters in every context."""
     return (not before.isspace() and after in " \n") or (before.isalnum() and not (after.isalnum() or after == "_"))
 
 
-def test_long_texts_are_cut_where_it_does_not_show():
-    dice = random.Random(0)
-    text = "".join(dice.choice(WORDS) for _ in range(150_000))
+def test_cutting_a_long_text_does_not_change_its_tokens():
+    rng = random.Random(0)
+    text = "".join(rng.choice(WORDS) for _ in range(150_000))
     tokenizer = BPETokenizer(MERGES)
     assert tokenizer.encode(text).tolist() == tokenizer.engine.encode(text).ids
 
 
-def test_a_text_without_spaces_is_cut_into_words_of_a_bounded_length():
-    merges = BPETokenizer.merges_of(["a" * 30_000], 300)  # to double it costs nothing, so tokens are as long as words
+def test_a_text_without_spaces_is_cut_into_words_of_limited_length():
+    merges = BPETokenizer.merges_of(["a" * 30_000], 300)  # merges double tokens up to the longest allowed word
     assert max(map(len, BPETokenizer(merges).pieces)) == MAX_WORD
     assert BPETokenizer.merges_of(["a" * 7000, "a" * 3000, "a" * 20_000], 300) == merges
-    dice = random.Random(0)
-    text = "".join(dice.choice("abcdefgh") for _ in range(200_000))
-    merges = BPETokenizer.merges_of([text], 300)  # the square of it takes a minute
+    rng = random.Random(0)
+    text = "".join(rng.choice("abcdefgh") for _ in range(200_000))
+    merges = BPETokenizer.merges_of([text], 300)  # quadratic time would take a minute
     ids = BPETokenizer(merges).encode(text)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tokenizers, "MAX_CACHED_WORD", 0)
@@ -127,11 +127,11 @@ def test_a_text_without_spaces_is_cut_into_words_of_a_bounded_length():
         assert not fresh.ids_of
 
 
-def test_ctrl_c_is_heard_while_pairs_are_found():
-    dice, before = random.Random(0), set(threading.enumerate())
+def test_ctrl_c_interrupts_the_training_of_merges():
+    rng, before = random.Random(0), set(threading.enumerate())
 
     def text():
-        yield "".join(dice.choice("abcdefgh") for _ in range(200_000))
+        yield "".join(rng.choice("abcdefgh") for _ in range(200_000))
         os.kill(os.getpid(), signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt):
@@ -141,7 +141,7 @@ def test_ctrl_c_is_heard_while_pairs_are_found():
     thread.join()
 
 
-def test_a_text_that_can_not_be_read_says_so_while_pairs_are_found():
+def test_an_error_while_reading_the_text_is_raised_by_the_training_of_merges():
     def text():
         yield "the cat"
         raise ValueError("no text")
@@ -150,7 +150,7 @@ def test_a_text_that_can_not_be_read_says_so_while_pairs_are_found():
         BPETokenizer.merges_of(text(), 300)
 
 
-def test_merges_are_those_of_the_text_and_the_same_every_time():
+def test_merges_depend_on_the_text_alone():
     text = WORDS * 30
     merges = BPETokenizer.merges_of([text], 280)
     assert merges == BPETokenizer.merges_of([text[:100], text[100:]], 280)
@@ -171,7 +171,7 @@ def test_a_tokenizer_is_rebuilt_from_plain_data(tokenizer):
     assert type(again) is type(tokenizer)
 
 
-def test_ids_that_round_a_vocabulary_up_mean_nothing_and_break_nothing():
+def test_padding_ids_of_a_vocabulary_decode_to_the_replacement_character():
     tokenizer = ByteTokenizer(300)
     assert len(tokenizer) == 300 and tokenizer.chars_per_token[299] == 0
     assert tokenizer.decode(torch.tensor([104, 299, 105])) == "h\ufffdi"
@@ -180,7 +180,7 @@ def test_ids_that_round_a_vocabulary_up_mean_nothing_and_break_nothing():
 
 
 @pytest.mark.parametrize("policy, text", [("drop", "hell"), ("replace", "hell\ufffd")])
-def test_unknown_characters_drop_out_or_are_replaced(policy, text):
+def test_unknown_characters_are_dropped_or_replaced(policy, text):
     tokenizer = CharTokenizer("hel", policy)
     assert tokenizer.decode(tokenizer.encode("hell\U0001f600")) == text
 
@@ -192,14 +192,14 @@ def test_unknown_characters_are_named():
 
 
 @pytest.mark.parametrize("library, tokenizer", [("tokenizers", BPETokenizer(MERGES)), ("tiktoken", GPT2Tokenizer())])
-def test_a_missing_library_is_named_with_its_remedy(monkeypatch, library, tokenizer):
+def test_a_missing_library_is_named_with_the_command_that_installs_it(monkeypatch, library, tokenizer):
     monkeypatch.setitem(sys.modules, library, None)
     tokenizer.__dict__.pop("engine", None)
     with pytest.raises(ValueError, match=f"needs the package {library}.*pip install 'tiny-lightning-gpt.tokenizers"):
         tokenizer.encode("text")
 
 
-def test_without_a_network_gpt2s_table_is_asked_for_in_one_sentence(monkeypatch, tmp_path):
+def test_without_a_network_the_error_says_how_to_provide_gpt2s_table(monkeypatch, tmp_path):
     tiktoken = pytest.importorskip("tiktoken")
     monkeypatch.setattr(tiktoken.registry, "ENCODINGS", {})
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(tmp_path))

@@ -1,4 +1,4 @@
-"""Training through the Trainer: resumable to the bit, validated exactly, the same on any number of devices."""
+"""Training through the Trainer: bitwise resumable, exactly validated, the same on any number of devices."""
 
 import math
 import os
@@ -38,8 +38,8 @@ class Recorded(LanguageModel):
         self.losses.append(out["loss"].item())
 
 
-def fit(folder, steps, *, devices=1, ckpt_path=None, save_at=10**9, callbacks=(), model=None, module=Recorded, **how):
-    """Train a tiny model, in float64 unless a precision is given: its weights, its losses and the Trainer."""
+def fit(folder, steps, *, devices=1, ckpt_path=None, save_at=10**9, callbacks=(), model=None, module=Recorded, **args):
+    """Train a tiny model, in float64 unless a precision is given. Returns its weights, its losses and the Trainer."""
     L.seed_everything(0, verbose=False)
     data = TextDataModule(block_size=16, batch_size=8)
     sizes = dict(block_size=16, n_layer=2, n_head=2, n_embd=16, warmup_steps=3)
@@ -54,22 +54,22 @@ def fit(folder, steps, *, devices=1, ckpt_path=None, save_at=10**9, callbacks=()
         strategy=DDPFlatStrategy(start_method="spawn") if devices > 1 else "auto",
         callbacks=[saver, *callbacks],
         use_distributed_sampler=False,
-        **settings | quiet | how,
+        **settings | quiet | args,
     )
-    trainer.fit(lm if "precision" in how else lm.double(), data, ckpt_path=ckpt_path)
+    trainer.fit(lm if "precision" in args else lm.double(), data, ckpt_path=ckpt_path)
     return {name: w.clone() for name, w in lm.state_dict().items()}, getattr(lm, "losses", None), trainer
 
 
-# --- resume, watch, share ---------------------------------------------------------------------------------------------
+# --- resuming, callbacks, devices -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-@pytest.mark.parametrize("model", [{}, RECIPE], ids=["adamw", "muon and average"])
-def test_resumed_run_is_bitwise_the_unbroken_run(tmp_path, accumulate, model):
+@pytest.mark.parametrize("model", [{}, RECIPE], ids=["adamw", "muon and weight average"])
+def test_a_resumed_run_equals_the_unbroken_one_bit_for_bit(tmp_path, accumulate, model):
     unbroken, losses, _ = fit(tmp_path, 20, save_at=10, accumulate_grad_batches=accumulate, model=model)
-    saved = tmp_path / "step=10.ckpt"
-    resumed, tail, _ = fit(tmp_path, 20, ckpt_path=saved, accumulate_grad_batches=accumulate, model=model)
-    assert len(tail) == 10 * accumulate and tail == losses[10 * accumulate :]  # it did resume in the middle
+    at_10 = tmp_path / "step=10.ckpt"
+    resumed, tail, _ = fit(tmp_path, 20, ckpt_path=at_10, accumulate_grad_batches=accumulate, model=model)
+    assert len(tail) == 10 * accumulate and tail == losses[10 * accumulate :]  # it resumed in the middle
     assert all(torch.equal(resumed[name], unbroken[name]) for name in unbroken)
 
 
@@ -86,8 +86,8 @@ class Curves(Logger):
         self.rows.append((step, metrics))
 
 
-class SaveEach(L.Callback):
-    """A checkpoint between any two steps, and one at the end."""
+class SaveEveryStep(L.Callback):
+    """Saves a checkpoint after every step and one at the end."""
 
     def __init__(self, folder):
         self.folder, self.steps = folder, []
@@ -100,81 +100,81 @@ class SaveEach(L.Callback):
         trainer.save_checkpoint(self.folder / "end.ckpt")
 
 
-def end_of(folder, steps, **how):
-    """A run in full, to its end: losses, curves, weights, and the Trainer's counters."""
-    curves, saver = Curves(), SaveEach(folder)
+def full_run(folder, steps, **kwargs):
+    """A complete run with all callbacks: losses, curves, weights, loop counters and the steps of its checkpoints."""
+    curves, saver = Curves(), SaveEveryStep(folder)
     watchers = [UpdateRatios(), ValidateAtEnd(), saver]
-    weights, losses, _ = fit(folder, steps, callbacks=watchers, logger=curves, log_every_n_steps=1, **how)
+    weights, losses, _ = fit(folder, steps, callbacks=watchers, logger=curves, log_every_n_steps=1, **kwargs)
     loops = torch.load(folder / "end.ckpt", weights_only=True)["loops"]
     return losses, curves.rows, weights, loops, saver.steps
 
 
-def assert_goes_on_as(unbroken, resumed):
-    for all_of_them, tail in zip(unbroken[:2], resumed[:2], strict=True):  # losses and curves
+def assert_continues(unbroken, resumed):
+    for all_of_them, tail in zip(unbroken[:2], resumed[:2], strict=True):  # losses, then curves
         assert tail and tail == all_of_them[-len(tail) :]
     assert all(torch.equal(resumed[2][name], unbroken[2][name]) for name in unbroken[2])
 
 
 @pytest.mark.parametrize(
-    "steps, how, cuts",
+    "steps, kwargs, cuts",
     [
         (6, dict(overfit_batches=2, val_check_interval=3), [2, 3]),
         (100, dict(limit_train_batches=3, max_epochs=2, accumulate_grad_batches=2, val_check_interval=5), [2, 3]),
         (-1, dict(limit_train_batches=3, max_epochs=2, val_check_interval=2, check_val_every_n_epoch=2), [2, 5]),
     ],
-    ids=["overfitting", "steps of two batches and of one", "validation by the epoch"],
+    ids=["overfitting", "a last step of one batch", "validation by epoch"],
 )
-def test_a_run_in_epochs_resumes_bitwise_after_any_step(tmp_path, steps, how, cuts):
-    unbroken = end_of(tmp_path, steps, **how)
+def test_a_run_with_epochs_resumes_bitwise_after_any_step(tmp_path, steps, kwargs, cuts):
+    unbroken = full_run(tmp_path, steps, **kwargs)
     (tmp_path / "resumed").mkdir()
     assert unbroken[4] == list(range(1, {6: 6, 100: 4, -1: 6}[steps]))
     for step in cuts:
-        resumed = end_of(tmp_path / "resumed", steps, ckpt_path=tmp_path / f"{step}.ckpt", **how)
-        assert_goes_on_as(unbroken, resumed)
+        resumed = full_run(tmp_path / "resumed", steps, ckpt_path=tmp_path / f"{step}.ckpt", **kwargs)
+        assert_continues(unbroken, resumed)
         assert resumed[3] == unbroken[3], step
 
 
 @pytest.mark.parametrize("epochs, first", [(1, 100), (2, 4)], ids=["after an epoch", "in an epoch"])
-def test_a_run_that_had_ended_goes_on_in_the_epoch_where_it_stopped(tmp_path, epochs, first):
-    how = dict(limit_train_batches=3, model={"min_lr_ratio": 1.0})
-    end_of(tmp_path, first, max_epochs=epochs, **how)
-    saved = (tmp_path / "end.ckpt").rename(tmp_path / "first.ckpt")
-    resumed = end_of(tmp_path, 100, max_epochs=3, ckpt_path=saved, **how)
-    unbroken = end_of(tmp_path, 100, max_epochs=3, **how)
+def test_a_finished_run_continues_in_the_epoch_where_it_ended(tmp_path, epochs, first):
+    kwargs = dict(limit_train_batches=3, model={"min_lr_ratio": 1.0})
+    full_run(tmp_path, first, max_epochs=epochs, **kwargs)
+    checkpoint = (tmp_path / "end.ckpt").rename(tmp_path / "first.ckpt")
+    resumed = full_run(tmp_path, 100, max_epochs=3, ckpt_path=checkpoint, **kwargs)
+    unbroken = full_run(tmp_path, 100, max_epochs=3, **kwargs)
     assert len(unbroken[0]) == 9
-    assert_goes_on_as(unbroken, resumed)
+    assert_continues(unbroken, resumed)
 
 
 @pytest.mark.parametrize("every", [1, 50])
-def test_the_logged_loss_is_that_of_all_batches_of_the_last_step(tmp_path, every):
+def test_the_logged_loss_is_the_mean_over_all_batches_of_the_last_step(tmp_path, every):
     losses = []
 
     class Watch(L.Callback):
         def on_train_batch_start(self, trainer, lm, batch, batch_idx):
             losses.append(next_token_loss(lm.net, *batch).item())
 
-    how = dict(accumulate_grad_batches=3, log_every_n_steps=every, model=dict(dropout=0.0))
-    *_, trainer = fit(tmp_path, 2, callbacks=[Watch()], **how)
+    kwargs = dict(accumulate_grad_batches=3, log_every_n_steps=every, model=dict(dropout=0.0))
+    *_, trainer = fit(tmp_path, 2, callbacks=[Watch()], **kwargs)
     assert trainer.callback_metrics["train/loss"].item() == pytest.approx(sum(losses[3:]) / 3, rel=1e-6)
 
 
-def test_the_logged_loss_of_a_step_of_fewer_batches_is_their_mean(tmp_path):
-    how = dict(limit_train_batches=3, accumulate_grad_batches=2, model=dict(dropout=0.0), log_every_n_steps=1)
-    _, losses, trainer = fit(tmp_path, 2, **how)  # each is divided by 2
+def test_the_logged_loss_of_an_incomplete_step_is_the_mean_over_its_batches(tmp_path):
+    kwargs = dict(limit_train_batches=3, accumulate_grad_batches=2, model=dict(dropout=0.0), log_every_n_steps=1)
+    _, losses, trainer = fit(tmp_path, 2, **kwargs)  # each loss is divided by 2
     assert trainer.callback_metrics["train/loss"].item() == pytest.approx(2 * losses[-1], rel=1e-6)
 
 
-def test_max_epochs_without_an_end_of_an_epoch_is_refused(tmp_path):
+def test_max_epochs_is_refused_if_epochs_never_end(tmp_path):
     with pytest.raises(ValueError, match="max_epochs=3: random windows never run out, so no epoch ends: give max_st"):
         fit(tmp_path, 100, max_epochs=3)
 
 
-def test_a_run_that_its_epochs_end_is_validated_and_has_a_best_checkpoint(tmp_path):
+def test_a_run_ended_by_max_epochs_is_validated_and_has_a_best_checkpoint(tmp_path):
     fit(tmp_path, 100, max_epochs=2, limit_train_batches=2, callbacks=[ValidateAtEnd(), CheckpointSaver(tmp_path, 0)])
     assert torch.load(tmp_path / "best.ckpt", weights_only=True)["global_step"] == 4
 
 
-def test_a_resumed_run_takes_its_rates_from_todays_settings(tmp_path):
+def test_a_resumed_run_takes_its_learning_rate_from_the_new_settings(tmp_path):
     fit(tmp_path, 20, save_at=10)
     *_, trainer = fit(tmp_path, 11, ckpt_path=tmp_path / "step=10.ckpt", model={"learning_rate": 5e-3})
     factor = lr_factor(10, 11, 3, "cosine", 0.1, 0.6)
@@ -182,29 +182,29 @@ def test_a_resumed_run_takes_its_rates_from_todays_settings(tmp_path):
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_dropouts_dice_differ_from_batch_to_batch(tmp_path, accumulate):
-    class Dice(L.Callback):
+def test_the_dropout_seed_differs_between_batches(tmp_path, accumulate):
+    class RecordSeeds(L.Callback):
         seeds = []
 
         def on_before_backward(self, *_):
             self.seeds.append(torch.initial_seed())
 
-    watch = Dice()
+    watch = RecordSeeds()
     fit(tmp_path, 3, callbacks=[watch], accumulate_grad_batches=accumulate)
     assert len(set(watch.seeds[-3 * accumulate :])) == 3 * accumulate
 
 
-def test_dropouts_dice_depend_on_seed_and_rank():
-    def dice(seed, rank):
+def test_the_dropout_seed_depends_on_seed_and_rank():
+    def dropout_seed(seed, rank):
         lm = LanguageModel(block_size=8, n_layer=0, n_head=1, n_embd=4, seed=seed)
         no_optimizer, fifth = [SimpleNamespace(param_groups=[])], SimpleNamespace(total_batch_idx=5)
-        place = dict(global_rank=rank, fit_loop=fifth, global_step=5, max_steps=9, optimizers=no_optimizer)
-        place |= dict(lr_scheduler_configs=[])
-        lm._trainer = SimpleNamespace(**place)  # all that the start of a batch asks of Lightning
+        state = dict(global_rank=rank, fit_loop=fifth, global_step=5, max_steps=9, optimizers=no_optimizer)
+        state |= dict(lr_scheduler_configs=[])
+        lm._trainer = SimpleNamespace(**state)  # all that on_train_batch_start reads
         lm.on_train_batch_start(None, 0)
         return torch.initial_seed()
 
-    assert len({dice(seed, rank) for seed in (1, 2) for rank in (0, 1)}) == 4
+    assert len({dropout_seed(seed, rank) for seed in (1, 2) for rank in (0, 1)}) == 4
 
 
 def test_sampling_does_not_change_training(tmp_path):
@@ -215,9 +215,9 @@ def test_sampling_does_not_change_training(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("devices", [2, 4])
-@pytest.mark.parametrize("model", [{}, RECIPE], ids=["adamw", "muon and average"])
-def test_several_devices_take_the_steps_of_one(tmp_path, devices, model):
-    still = dict(dropout=0.0, ngram_dropout=0.0)  # the dice depend on the rank
+@pytest.mark.parametrize("model", [{}, RECIPE], ids=["adamw", "muon and weight average"])
+def test_several_devices_take_the_same_steps_as_one(tmp_path, devices, model):
+    still = dict(dropout=0.0, ngram_dropout=0.0)  # dropout masks depend on the rank
     one, *_ = fit(tmp_path, 10, model=model | still)
     many, *_ = fit(tmp_path, 10, model=model | still, devices=devices)
     for name in one:
@@ -227,10 +227,10 @@ def test_several_devices_take_the_steps_of_one(tmp_path, devices, model):
 # --- validation -------------------------------------------------------------------------------------------------------
 
 
-def validate(lm, data, devices=1, **how):
+def validate(lm, data, devices=1, **args):
     quiet = dict(logger=False, enable_progress_bar=False, enable_checkpointing=False, use_distributed_sampler=False)
     strategy = "ddp_spawn" if devices > 1 else "auto"
-    trainer = L.Trainer(accelerator="cpu", devices=devices, strategy=strategy, **quiet | how)
+    trainer = L.Trainer(accelerator="cpu", devices=devices, strategy=strategy, **quiet | args)
     return trainer.validate(lm, data, verbose=False)[0]
 
 
@@ -243,7 +243,7 @@ def half_trained(text_file):
     return lm, data
 
 
-def test_val_loss_is_that_of_a_plain_loop_over_the_split(half_trained):
+def test_val_loss_equals_a_plain_loop_over_the_split(half_trained):
     lm, data = half_trained
     got, tokens = validate(lm, data), data.val_tokens.long()
     total, net = 0.0, lm.net.double().eval()
@@ -264,13 +264,13 @@ def test_val_loss_is_the_same_on_any_number_of_devices(half_trained, devices):
     assert many == pytest.approx(one, rel=3e-6)  # float32
 
 
-# relative to 1; Lightning takes bf16-mixed for 16-mixed where there is no GPU
+# relative rounding error; without a GPU, Lightning replaces 16-mixed by bf16-mixed
 ROUNDING = {"bf16-mixed": 2**-8, "16-mixed": 2**-8, "bf16-true": 2**-8, "16-true": 2**-11, "64-true": 1e-6}
 
 
 @pytest.mark.filterwarnings("ignore:You passed:UserWarning")
-def test_val_loss_in_any_precision_is_that_of_32_true_within_its_rounding(text_file):
-    data = TextDataModule(str(text_file), block_size=17, batch_size=3, split=0.5)  # bfloat16 adds 48 for 51 to 1,024
+def test_val_loss_in_any_precision_equals_float32_within_rounding(text_file):
+    data = TextDataModule(str(text_file), block_size=17, batch_size=3, split=0.5)  # bfloat16 rounds 1,024 + 51
 
     def measured(precision):
         torch.manual_seed(0)
@@ -287,7 +287,7 @@ def test_val_loss_in_any_precision_is_that_of_32_true_within_its_rounding(text_f
 
 
 @pytest.mark.filterwarnings("ignore:You passed:UserWarning")
-def test_training_in_any_precision_is_that_of_32_true_within_its_rounding(tmp_path):
+def test_training_in_any_precision_equals_float32_within_rounding(tmp_path):
     def trained(precision):
         _, losses, trainer = fit(tmp_path, 8, precision=precision, model={"dropout": 0.0})
         return [*losses, trainer.callback_metrics["train/loss"].item(), trainer.callback_metrics["val/loss"].item()]
@@ -301,7 +301,7 @@ def test_training_in_any_precision_is_that_of_32_true_within_its_rounding(tmp_pa
             assert trained(precision) == pytest.approx(exact, rel=rounding / 2), precision
 
 
-def test_an_average_in_16_bits_is_refused(tmp_path):
+def test_a_weight_average_in_16_bits_is_refused(tmp_path):
     with pytest.raises(ValueError, match="ema_decay=0.9 with trainer.precision=bf16-true: an average rounded"):
         fit(tmp_path, 1, precision="bf16-true", model={"ema_decay": 0.9})
 
@@ -309,7 +309,7 @@ def test_an_average_in_16_bits_is_refused(tmp_path):
 # --- the weight average -----------------------------------------------------------------------------------------------
 
 
-def test_the_average_is_the_recursion_on_the_blackboard(tmp_path):
+def test_the_weight_average_is_its_recursion(tmp_path):
     weights = []
 
     class Watch(L.Callback):
@@ -327,7 +327,7 @@ def test_the_average_is_the_recursion_on_the_blackboard(tmp_path):
     assert not torch.allclose(average, weights[-1])
 
 
-def test_the_average_is_what_is_validated_and_loaded(tmp_path):
+def test_the_weight_average_is_validated_and_loaded(tmp_path):
     after, _, trainer = fit(tmp_path, 7, save_at=7, model=RECIPE, limit_val_batches=None)
     lm, data = trainer.lightning_module.eval(), trainer.datamodule
     loaded, _ = load_net(tmp_path / "step=7.ckpt")
@@ -344,8 +344,8 @@ def grad(p, i):
     return torch.randn(p.shape, generator=torch.Generator().manual_seed(i))
 
 
-def three_steps(optimizer, params, grads):
-    """Steps of `grads`, of them upside down, and of three times them."""
+def take_three_steps(optimizer, params, grads):
+    """Take a step with `grads`, one with them flipped and one with three times them."""
     for change in (lambda g: g, lambda g: g.flip(-1), lambda g: 3 * g):
         for p, g in zip(params, grads, strict=True):
             p.grad = change(g)
@@ -353,48 +353,48 @@ def three_steps(optimizer, params, grads):
     return [p.detach() for p in params]
 
 
-def is_muons(name, p):
+def uses_muon(name, p):
     return p.dim() == 2 and name.startswith("h.")
 
 
-def test_muon_is_torchs_muon_with_q_k_and_v_apart(monkeypatch):
-    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.float)  # torch's rounds on the CPU too, ours does not
+def test_muon_equals_torchs_muon_on_separate_q_k_and_v(monkeypatch):
+    monkeypatch.setattr(torch.Tensor, "bfloat16", torch.Tensor.float)  # only torch's Muon uses bfloat16 on the CPU
     net = GPT(GPTConfig(17, 12, n_layer=2, n_head=2, n_embd=16))
-    params = {name: p for name, p in net.named_parameters() if is_muons(name, p)}
+    params = {name: p for name, p in net.named_parameters() if uses_muon(name, p)}
     before = {name: p.detach().clone() for name, p in params.items()}
     grads = [grad(p, i) for i, p in enumerate(params.values())]
-    got = three_steps(Muon(muon_groups(net, 0.02, 0.1, 1e-3, (0.9, 0.95))), params.values(), grads)
+    got = take_three_steps(Muon(muon_groups(net, 0.02, 0.1, 1e-3, (0.9, 0.95))), params.values(), grads)
     for name, ours, g in zip(params, got, grads, strict=True):
         pieces = 3 if "c_attn" in name else 1
-        apart = [torch.nn.Parameter(piece.clone()) for piece in before[name].chunk(pieces)]
-        muon = torch.optim.Muon(apart, lr=0.02, weight_decay=0.1, momentum=0.95, adjust_lr_fn="original")
-        theirs = torch.cat(three_steps(muon, apart, g.chunk(pieces)))
+        parts = [torch.nn.Parameter(piece.clone()) for piece in before[name].chunk(pieces)]
+        muon = torch.optim.Muon(parts, lr=0.02, weight_decay=0.1, momentum=0.95, adjust_lr_fn="original")
+        theirs = torch.cat(take_three_steps(muon, parts, g.chunk(pieces)))
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
 
 
-def test_the_rest_of_muon_is_torchs_adamw():
+def test_the_other_parameters_of_muon_equal_torchs_adamw():
     net = GPT(GPTConfig(17, 12, n_layer=2, n_head=2, n_embd=16))
-    ours, theirs = ([p for name, p in n.named_parameters() if not is_muons(name, p)] for n in (net, deepcopy(net)))
+    ours, theirs = ([p for name, p in n.named_parameters() if not uses_muon(name, p)] for n in (net, deepcopy(net)))
     grads = [grad(p, i) for i, p in enumerate(ours)]
-    got = three_steps(Muon(muon_groups(net, 0.02, 0.1, 1e-3, (0.9, 0.95))), ours, grads)
+    got = take_three_steps(Muon(muon_groups(net, 0.02, 0.1, 1e-3, (0.9, 0.95))), ours, grads)
     adamw = torch.optim.AdamW(theirs, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0)
-    for a, b in zip(got, three_steps(adamw, theirs, grads), strict=True):
+    for a, b in zip(got, take_three_steps(adamw, theirs, grads), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-7)
 
 
-def test_muon_trains_a_model_without_matrices_too(tmp_path):
+def test_muon_trains_a_model_without_hidden_matrices(tmp_path):
     _, losses, _ = fit(tmp_path, 60, model=RECIPE | dict(n_layer=0, learning_rate=3e-2))
     assert sum(losses[-10:]) / 10 < 3.5 < losses[0]
 
 
-def test_weight_decay_is_on_matrices_only(net):
+def test_weight_decay_applies_to_matrices_only(net):
     decayed, spared = adamw_groups(net, 1e-3, (0.9, 0.99), 0.1)
     assert {p.dim() for p in decayed["params"]} == {2} and decayed["weight_decay"] == 0.1
     assert {p.dim() for p in spared["params"]} == {1} and spared["weight_decay"] == 0.0
     assert len(decayed["params"]) + len(spared["params"]) == len(list(net.parameters()))
 
 
-def test_the_schedules_hit_their_marks():
+def test_schedules_have_the_right_values_at_first_peak_and_last_step():
     for schedule in "cosine", "linear":
         f = [lr_factor(k, 110, 10, schedule, 0.1, 0.6) for k in range(120)]
         assert f[0] == pytest.approx(1 / 11) and f[10] == 1.0 and f[60] == pytest.approx(0.55)
@@ -426,7 +426,7 @@ class Rates(L.Callback):
     def on_train_start(self, *_):
         self.seen = []
 
-    def on_before_zero_grad(self, trainer, lm, optimizer):  # at the beginning of a step, with its rate
+    def on_before_zero_grad(self, trainer, lm, optimizer):  # called at the start of a step, with its learning rate
         self.seen.append(optimizer.param_groups[0]["lr"])
 
 
@@ -440,34 +440,34 @@ def test_a_subclass_trains_with_its_own_optimizer_and_scheduler_and_resumes(tmp_
     assert all(torch.equal(resumed[name], unbroken[name]) for name in unbroken)
 
 
-def test_an_optimizer_of_a_subclass_with_our_parameter_groups_follows_our_schedule(tmp_path):
+def test_a_subclass_optimizer_with_our_parameter_groups_follows_our_schedule(tmp_path):
     watch = Rates()
     fit(tmp_path, 8, callbacks=[watch], module=OwnOptimizer)
     assert watch.seen == pytest.approx([1e-3 * lr_factor(k, 8, 3, "cosine", 0.1, 0.6) for k in range(8)])
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_the_rate_falls_until_the_last_step_of_the_last_epoch(tmp_path, accumulate):
+def test_the_learning_rate_decays_until_the_last_step_of_the_last_epoch(tmp_path, accumulate):
     watch, steps = Rates(), -(-5 // accumulate) * 2
-    how = dict(max_epochs=2, limit_train_batches=5, accumulate_grad_batches=accumulate)
-    fit(tmp_path, -1, callbacks=[watch], **how)
+    kwargs = dict(max_epochs=2, limit_train_batches=5, accumulate_grad_batches=accumulate)
+    fit(tmp_path, -1, callbacks=[watch], **kwargs)
     assert watch.seen == pytest.approx([1e-3 * lr_factor(k, steps, 3, "cosine", 0.1, 0.6) for k in range(steps)])
 
 
 @pytest.mark.parametrize("ends", [dict(max_time="00:00:01:00"), dict(max_epochs=-1)])
-def test_a_rate_that_falls_until_a_last_step_that_nobody_knows_is_refused(tmp_path, ends):
+def test_a_schedule_without_a_known_last_step_is_refused(tmp_path, ends):
     with pytest.raises(ValueError, match="has none: give trainer.max_steps"):
         fit(tmp_path, -1, **ends)
 
 
-def test_wsd_waits_before_it_falls():
+def test_wsd_is_constant_before_it_decays():
     f = [lr_factor(k, 110, 10, "wsd", 0.0, 0.4) for k in range(111)]
     assert f[0] == pytest.approx(1 / 11) and set(f[10:67]) == {1.0}
     assert f[66] == 1.0 > f[67] and f[88] == pytest.approx(0.5) and f[110] == pytest.approx(0.0)
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
-def test_gradients_are_clipped_to_the_norm_that_was_asked(tmp_path, precision):
+def test_gradients_are_clipped_to_the_given_norm(tmp_path, precision):
     norms = []
 
     class Watch(L.Callback):
@@ -478,18 +478,18 @@ def test_gradients_are_clipped_to_the_norm_that_was_asked(tmp_path, precision):
     assert max(norms) == pytest.approx(0.01, rel=1e-3)
 
 
-def test_gradients_are_clipped_to_the_value_that_was_asked(tmp_path):
+def test_gradients_are_clipped_to_the_given_value(tmp_path):
     class Watch(L.Callback):
         def on_before_zero_grad(self, trainer, lm, optimizer):
-            self.most = max((p.grad.abs().max().item() for p in lm.parameters() if p.grad is not None), default=0.0)
+            self.largest = max((p.grad.abs().max().item() for p in lm.parameters() if p.grad is not None), default=0.0)
 
     watch = Watch()
     fit(tmp_path, 3, callbacks=[watch], gradient_clip_val=1e-4, gradient_clip_algorithm="value")
-    assert watch.most == pytest.approx(1e-4)
+    assert watch.largest == pytest.approx(1e-4)
 
 
-@pytest.mark.parametrize("every, saved", [(0, [3, 6, 7]), (2, [2, 3, 4, 6, 7]), (7, [3, 6, 7])])
-def test_last_is_saved_after_validations_every_n_steps_and_at_the_end(tmp_path, every, saved):
+@pytest.mark.parametrize("every, saved_at", [(0, [3, 6, 7]), (2, [2, 3, 4, 6, 7]), (7, [3, 6, 7])])
+def test_last_is_saved_after_validations_every_n_steps_and_at_the_end(tmp_path, every, saved_at):
     class Watch(L.Callback):
         def on_save_checkpoint(self, trainer, lm, checkpoint):
             self.steps.append(trainer.global_step)
@@ -497,11 +497,11 @@ def test_last_is_saved_after_validations_every_n_steps_and_at_the_end(tmp_path, 
     watch = Watch()
     watch.steps = []
     fit(tmp_path, 7, callbacks=[CheckpointSaver(tmp_path, every), watch], val_check_interval=3)
-    assert sorted(set(watch.steps)) == saved
+    assert sorted(set(watch.steps)) == saved_at
     assert torch.load(tmp_path / "last.ckpt", weights_only=True)["global_step"] == 7
 
 
-def test_samples_have_dice_of_their_own(tmp_path):
+def test_samples_use_a_separate_generator(tmp_path):
     sampler = SampleText(length=20, console_length=0)
     *_, trainer = fit(tmp_path, 2, callbacks=[sampler])
     before = torch.get_rng_state()
@@ -509,27 +509,27 @@ def test_samples_have_dice_of_their_own(tmp_path):
     assert torch.equal(one[1], two[1]) and torch.equal(torch.get_rng_state(), before)
 
 
-# --- beside other programs --------------------------------------------------------------------------------------------
+# --- next to other programs -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="libgomp's setting")
+@pytest.mark.skipif(sys.platform != "linux", reason="sets libgomp, which Linux has")
 @pytest.mark.parametrize(
     "given, rounds",
     [({}, {"10000"}), ({"GOMP_SPINCOUNT": "7"}, {"7"}), ({"OMP_WAIT_POLICY": "active"}, {"None"})],
 )
-def test_where_other_programs_run_threads_that_wait_leave_them_the_core(given, rounds):
-    look = "import os, sys, lightning_gpt; print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules)"
+def test_waiting_threads_yield_the_core_when_other_programs_run(given, rounds):
+    code = "import os, sys, lightning_gpt; print(os.environ.get('GOMP_SPINCOUNT'), 'torch' in sys.modules)"
     unset = "GOMP_SPINCOUNT", "OMP_WAIT_POLICY"
     env = {name: value for name, value in os.environ.items() if name not in unset} | given
-    others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2)]
+    busy = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(2)]
     try:
-        done = subprocess.run([sys.executable, "-c", look], env=env, capture_output=True, text=True, check=True)
+        done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True)
     finally:
-        for other in others:
-            other.kill()
-            other.wait()
+        for process in busy:
+            process.kill()
+            process.wait()
     spin, torch_is_there = done.stdout.split()
-    assert spin in rounds and torch_is_there == "False"  # torch's library reads it when it is loaded
+    assert spin in rounds and torch_is_there == "False"  # libgomp reads it when torch is imported
 
 
 # --- compiling --------------------------------------------------------------------------------------------------------
@@ -544,7 +544,7 @@ def test_compiled_training_takes_the_same_steps(tmp_path):
 
 
 @pytest.mark.slow
-def test_without_a_compiler_training_goes_on_and_says_so(tmp_path):
+def test_without_a_compiler_training_continues_uncompiled_with_a_warning(tmp_path):
     command = "fit --trainer.max_steps=3 --trainer.limit_val_batches=1 --trainer.accelerator=cpu --sample.length=0"
     done = subprocess.run(
         [sys.executable, "-m", "lightning_gpt", *command.split(), "--model.compile=true"],

@@ -1,4 +1,4 @@
-"""The kernels that write on a GPU say what the net says; without a GPU, Triton's interpreter runs them."""
+"""The Triton step computes the net's logits and draws the same tokens; without a GPU, Triton interprets it."""
 
 import os
 import subprocess
@@ -16,16 +16,16 @@ from lightning_gpt.model.gpt import GPT, GPTConfig
 pytest.importorskip("triton")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-NETS = {
+CONFIGS = {
     "gpt2": dict(),
     "modern": MODERN,
     "swiglu": dict(activation="swiglu", bias=False, n_layer=1),
     "odd sizes": dict(n_layer=1, activation="gelu_tanh", n_embd=30, n_head=3, tie_embeddings=True),
     "bigram": dict(n_layer=0),
 }
-WAYS = {
-    "likeliest": dict(temperature=0),
-    "any": dict(temperature=2.0, repetition_penalty=1.5),
+SAMPLING = {
+    "greedy": dict(temperature=0),
+    "temperature": dict(temperature=2.0, repetition_penalty=1.5),
     "top_k": dict(temperature=2.0, top_k=5),
     "top_p": dict(temperature=2.0, top_p=0.8),
     "min_p": dict(temperature=2.0, min_p=0.6),
@@ -33,13 +33,13 @@ WAYS = {
 }
 
 
-def make(block_size=T, **how):
-    sizes = dict(n_layer=2, n_head=2, n_embd=16, dropout=0.0) | how
+def make(block_size=T, **overrides):
+    sizes = dict(n_layer=2, n_head=2, n_embd=16, dropout=0.0) | overrides
     return loud(GPT(GPTConfig(V, block_size, **sizes))).float().to(DEVICE)
 
 
 def session(net, rows, length, steps, **sampling):
-    """A session that has read prompts, and its Triton backend."""
+    """A session after its prefill, and its Triton backend."""
     idx = torch.randint(V, (rows, length), generator=torch.Generator().manual_seed(1)).to(DEVICE)
     generator = torch.Generator(DEVICE).manual_seed(2)
     sampler = Sampler(SamplingConfig(**sampling), rows, V, steps, generator, True, idx.device)
@@ -55,31 +55,31 @@ def session(net, rows, length, steps, **sampling):
 
 @torch.inference_mode()
 def assert_same_text(net, rows, length, steps, **sampling):
-    (theirs, _), (mine, backend) = (session(net, rows, length, steps + 1, **sampling) for _ in "12")
+    (expected, _), (actual, backend) = (session(net, rows, length, steps + 1, **sampling) for _ in "12")
     for n in range(1, steps + 1):
-        theirs.decode()
-        logits = backend.step(mine.sampler.token)
-        text = torch.cat((mine.idx, mine.sampler.ids[:, :n]), 1)
+        expected.decode()
+        logits = backend.step(actual.sampler.token)
+        text = torch.cat((actual.idx, actual.sampler.ids[:, :n]), 1)
         torch.testing.assert_close(logits, net(text)[:, -1], rtol=1e-4, atol=1e-4)
-        draw(mine.sampler, logits)
+        draw(actual.sampler, logits)
     for name in "ids", "seen", "token", "count":
-        assert torch.equal(getattr(mine.sampler, name), getattr(theirs.sampler, name)), name
-    torch.testing.assert_close(mine.sampler.logprobs, theirs.sampler.logprobs, rtol=0, atol=1e-4)
+        assert torch.equal(getattr(actual.sampler, name), getattr(expected.sampler, name)), name
+    torch.testing.assert_close(actual.sampler.logprobs, expected.sampler.logprobs, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("rows", [1, 3])
-@pytest.mark.parametrize("name", NETS)
-def test_every_kind_of_net_writes_the_same_text(name, rows):
-    assert_same_text(make(**NETS[name]), rows, 4, 2, temperature=1.0)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_config_generates_the_same_text(name, rows):
+    assert_same_text(make(**CONFIGS[name]), rows, 4, 2, temperature=1.0)
 
 
-@pytest.mark.parametrize("name", WAYS)
-def test_every_way_to_draw_draws_the_same_tokens(name):
-    assert_same_text(make(n_layer=1), 3, 4, 4, **WAYS[name])
+@pytest.mark.parametrize("name", SAMPLING)
+def test_every_sampling_setting_draws_the_same_tokens(name):
+    assert_same_text(make(n_layer=1), 3, 4, 4, **SAMPLING[name])
 
 
 @pytest.mark.parametrize("rows", [1, 18])
-def test_a_long_past_in_slices_and_many_rows_write_the_same_text(rows):
+def test_a_long_cache_in_splits_and_many_rows_generate_the_same_text(rows):
     assert_same_text(make(300, n_layer=1, position="rope"), rows, 270 + rows, 2, temperature=1.0)
 
 
@@ -93,13 +93,13 @@ def test_top_k_with_ties_keeps_exactly_k():
     assert s.sampler.ids[:, 1:].unique().numel() == 3
 
 
-@pytest.mark.skipif(DEVICE == "cuda", reason="kernels can be built here")
-def test_where_kernels_can_not_be_built_the_net_itself_writes_and_that_is_said_once():
+@pytest.mark.skipif(DEVICE == "cuda", reason="kernels can be built on this machine")
+def test_if_kernels_cannot_be_built_the_net_generates_and_one_warning_is_printed():
     tests = os.path.dirname(__file__)
     code = """
 import conftest, os, torch
 os.environ["TRITON_INTERPRET"] = "0"
-from test_decoding import make, session
+from test_triton_step import make, session
 with torch.inference_mode():
     s, backend = session(make(n_layer=1), 1, 4, 4, temperature=0)
     assert [s.warm_up(s.triton_decode()) == s.decode for _ in range(2)] == [True, True]

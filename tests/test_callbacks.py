@@ -1,4 +1,4 @@
-"""What is looked at while it trains, and afterwards: true, complete, and without a trace in what is trained."""
+"""Callbacks, figures and reports are correct and complete, and do not change training."""
 
 import base64
 import io
@@ -41,39 +41,39 @@ from lightning_gpt.training.callbacks import SampleText
 from lightning_gpt.training.module import next_token_loss
 from lightning_gpt.training.monitoring import Throughput, UpdateRatios
 
-# --- nothing is changed -----------------------------------------------------------------------------------------------
+# --- training is unchanged --------------------------------------------------------------------------------------------
 
 
-class Dice(L.Callback):
-    """Notes the global generator's state at each hook; one before and one after the watchers must note the same."""
+class RecordRNGState(L.Callback):
+    """Records the global generator's state at each hook: the same before and after the other callbacks."""
 
     def __init__(self):
         self.states = []
 
-    def note(self, *_):
+    def record(self, *_):
         self.states.append(torch.get_rng_state())
 
-    on_train_start = on_train_batch_start = on_train_batch_end = note
-    on_validation_start = on_validation_epoch_end = on_validation_end = note
+    on_train_start = on_train_batch_start = on_train_batch_end = record
+    on_validation_start = on_validation_epoch_end = on_validation_end = record
 
 
 @pytest.mark.parametrize("model", [{}, RECIPE], ids=["adamw", "muon and average"])
-def test_training_is_the_same_to_the_bit_whoever_watches(tmp_path, model):
+def test_callbacks_and_loggers_do_not_change_training_by_a_bit(tmp_path, model):
     alone, losses_alone, _ = fit(tmp_path, 9, model=model)
     watchers = [UpdateRatios(), Throughput(), SampleText(length=5, console_length=0), ModelInspector(shown=5)]
     board = TensorBoardLogger(tmp_path, "board")
-    before, after = Dice(), Dice()
-    how = dict(callbacks=[before, *watchers, after], logger=board, log_every_n_steps=2)
-    watched, same, _ = fit(tmp_path, 9, model=model, **how)
+    before, after = RecordRNGState(), RecordRNGState()
+    kwargs = dict(callbacks=[before, *watchers, after], logger=board, log_every_n_steps=2)
+    watched, same, _ = fit(tmp_path, 9, model=model, **kwargs)
     assert same == losses_alone and all(torch.equal(watched[name], alone[name]) for name in alone)
     assert all(map(torch.equal, before.states, after.states)) and len(before.states) == len(after.states) > 20
     assert any(tag.startswith("inspect/") for tag in scalars(board.log_dir)[1].Tags()["images"])
 
 
-# --- figures of the training ------------------------------------------------------------------------------------------
+# --- metrics of the training ------------------------------------------------------------------------------------------
 
 
-class Weights(L.Callback):
+class RecordWeights(L.Callback):
     def __init__(self):
         self.after = []
 
@@ -86,10 +86,12 @@ class Weights(L.Callback):
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_an_update_ratio_is_the_step_over_the_weights(tmp_path, accumulate):
-    watch, board = Weights(), TensorBoardLogger(tmp_path, "board")
-    how = dict(callbacks=[UpdateRatios(), watch], logger=board, log_every_n_steps=2, accumulate_grad_batches=accumulate)
-    fit(tmp_path, 4, **how)
+def test_an_update_ratio_is_the_norm_of_the_update_over_that_of_the_weights(tmp_path, accumulate):
+    watch, board = RecordWeights(), TensorBoardLogger(tmp_path, "board")
+    kwargs = dict(
+        callbacks=[UpdateRatios(), watch], logger=board, log_every_n_steps=2, accumulate_grad_batches=accumulate
+    )
+    fit(tmp_path, 4, **kwargs)
     values, _ = scalars(board.log_dir)
     logged = {tag.removeprefix("update_ratio/"): curve for tag, curve in values.items() if "update_ratio" in tag}
     assert set(logged) == {"embeddings", "h.0", "h.1", "head"}
@@ -102,12 +104,12 @@ def test_an_update_ratio_is_the_step_over_the_weights(tmp_path, accumulate):
             assert ratio == pytest.approx(float((moved / sum(new[name].square().sum() for name in names)).sqrt()))
 
 
-def test_best_and_gap_outlive_a_resume(tmp_path, text_file):
-    how = [f"--data.corpus={text_file}", f"--trainer.default_root_dir={tmp_path}", "--trainer.log_every_n_steps=5"]
-    main(["fit", *TINY, *how, "--trainer.val_check_interval=6", "--trainer.accumulate_grad_batches=2"])
+def test_best_loss_and_generalization_gap_are_right_after_a_resume(tmp_path, text_file):
+    flags = [f"--data.corpus={text_file}", f"--trainer.default_root_dir={tmp_path}", "--trainer.log_every_n_steps=5"]
+    main(["fit", *TINY, *flags, "--trainer.val_check_interval=6", "--trainer.accumulate_grad_batches=2"])
     last = tmp_path / "tiny" / "version_0" / "checkpoints" / "last.ckpt"
-    # step 6 is validated and not logged
-    main(["fit", f"--ckpt_path={last}", *how[1:], "--trainer.max_steps=7", "--model.learning_rate=3"])
+    # step 6 is validated but not logged
+    main(["fit", f"--ckpt_path={last}", *flags[1:], "--trainer.max_steps=7", "--model.learning_rate=3"])
     values, board = scalars(tmp_path / "tiny" / "version_0")
     values = {tag: dict(curve) for tag, curve in values.items()}
     assert values["val/loss"][6] > values["val/loss"][4] == min(values["val/loss"].values())
@@ -121,28 +123,28 @@ def test_best_and_gap_outlive_a_resume(tmp_path, text_file):
 
 @given(st.text("ab", min_size=1, max_size=60), st.text("ab", max_size=40), st.sampled_from([2, 2**13, 2**40]))
 @settings(max_examples=60, deadline=None)
-def test_copied_runs_are_those_of_a_search_through_all_of_them(text, words, vocab_size):
+def test_the_ngram_index_finds_what_a_search_through_all_substrings_finds(text, words, vocab_size):
     ids = {
         name: torch.tensor([vocab_size - 1 - (c == "a") for c in s]) for name, s in (("text", text), ("words", words))
     }
-    copies = NgramIndex(ids["text"], vocab_size)
-    start, length, share = copies.find(ids["words"])
-    runs = {words[i:j] for i in range(len(words)) for j in range(i + copies.n, len(words) + 1)}
+    index = NgramIndex(ids["text"], vocab_size)
+    start, length, share = index.find(ids["words"])
+    runs = {words[i:j] for i in range(len(words)) for j in range(i + index.n, len(words) + 1)}
     assert length == max((len(run) for run in runs if run in text), default=0)
     assert words[start : start + length] in text
-    grams = [words[i : i + copies.n] for i in range(len(words) - copies.n + 1)]
+    grams = [words[i : i + index.n] for i in range(len(words) - index.n + 1)]
     assert share == pytest.approx(sum(gram in text for gram in grams) / max(1, len(grams)))
 
 
 # --- inside the net ---------------------------------------------------------------------------------------------------
 
 
-def test_attention_maps_times_the_values_are_what_the_layer_says(any_net, idx):
+def test_attention_maps_times_the_values_equal_the_layers_output(any_net, idx):
     x, rope = torch.randn(1, T, 16, dtype=torch.float64), None
     if any_net.config.position == "rope":
         rope = any_net.rope[:, :T].double()
     for block in any_net.h:
-        maps = attention_weights(block.attn, x, rope)  # 12 places, and 8 of them are told at a time
+        maps = attention_weights(block.attn, x, rope)  # 12 positions, 8 of them at a time
         assert not maps.triu(1).any() and torch.allclose(maps.sum(-1), torch.ones(2, T).double())
         values = block.attn.c_attn(x)[0, :, 32:].view(T, 2, 8).transpose(0, 1)
         by_hand = block.attn.c_proj((maps @ values).transpose(0, 1).flatten(1))
@@ -151,7 +153,7 @@ def test_attention_maps_times_the_values_are_what_the_layer_says(any_net, idx):
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in any_net.modules())
 
 
-def test_the_first_layer_looks_with_the_embeddings_eyes(any_net, idx):
+def test_attention_maps_of_a_layer_come_from_its_residual_stream(any_net, idx):
     seen = residual_streams(any_net, idx[:1])
     rope = any_net.rope[:, :T] if any_net.config.position == "rope" else None
     for layer, maps in enumerate(attention_maps(any_net, idx[:1])):
@@ -160,7 +162,7 @@ def test_the_first_layer_looks_with_the_embeddings_eyes(any_net, idx):
 
 
 @pytest.mark.parametrize("n_layer", [0, 3])
-def test_the_last_stream_makes_the_logits(n_layer, idx):
+def test_the_last_residual_stream_gives_the_logits(n_layer, idx):
     net = loud(GPT(GPTConfig(V, T, n_layer, n_head=2, n_embd=16, dropout=0.0)))
     seen = residual_streams(net, idx[:1])
     assert seen.shape == (n_layer + 1, T, 16)
@@ -168,56 +170,56 @@ def test_the_last_stream_makes_the_logits(n_layer, idx):
     torch.testing.assert_close(seen[:1], net.wte(idx[:1]) + net.wpe.weight, rtol=0, atol=1e-12)
 
 
-def test_the_losses_of_characters_make_up_the_loss(any_net, idx):
+def test_the_mean_of_the_token_losses_is_the_loss(any_net, idx):
     ids = idx.flatten()[: T + 1]
     assert token_losses(any_net, ids).mean() == pytest.approx(
         next_token_loss(any_net, ids[None, :-1], ids[None, 1:]).item()
     )
 
 
-def test_positions_are_alike_by_their_cosine(any_net):
+def test_position_similarity_is_the_cosine_of_two_positions(any_net):
     similarity = position_similarity(any_net)
     if any_net.config.position == "learned":
         a, b = any_net.wpe.weight[[3, 7]]
         assert similarity[3, 7] == pytest.approx(float(a @ b / a.norm() / b.norm()))
-    else:  # by their distance alone
+    else:  # it depends on the distance alone
         assert torch.allclose(similarity[:-2, 2:].diagonal(), similarity[0, 2]) and similarity[0, 2] < 0.9
 
 
-KINDS = {
+VARIANTS = {
     "bigram": ["--model.n_layer=0"],
     "tied n-grams and average": ["--model.tie_embeddings=true", "--model.ngram_max=3", "--model.ema_decay=0.9"],
     "modern in bfloat16": ["--model.position=rope", "--model.norm=rmsnorm", "--trainer.precision=bf16-true"],
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_every_kind_of_net_is_drawn(kind, tmp_path, text_file):
-    how = [*KINDS[kind], f"--data.corpus={text_file}", f"--trainer.default_root_dir={tmp_path}"]
-    main(["fit", *TINY, "--config=inspect", "--trainer.callbacks.shown=4", *how])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_variant_of_the_net_can_be_inspected(variant, tmp_path, text_file):
+    flags = [*VARIANTS[variant], f"--data.corpus={text_file}", f"--trainer.default_root_dir={tmp_path}"]
+    main(["fit", *TINY, "--config=inspect", "--trainer.callbacks.shown=4", *flags])
     drawn = set(scalars(tmp_path / "tiny" / "version_0")[1].Tags()["images"])
     expected = {"loss_per_character", "prediction_per_layer", "token_embeddings", "position_similarity"}
-    expected |= set() if kind == "bigram" else {"attention_layer_01"}
+    expected |= set() if variant == "bigram" else {"attention_layer_01"}
     assert drawn == {f"inspect/{name}" for name in expected}
-    assert len(next(tmp_path.rglob("metadata.tsv")).read_text().splitlines()) == 32  # the projector's, one a token
+    assert len(next(tmp_path.rglob("metadata.tsv")).read_text().splitlines()) == 32  # the projector's: a line per token
     rows = [line.split("\t") for line in next(tmp_path.rglob("tensors.tsv")).read_text().splitlines()]
-    net, _ = load_net(next(tmp_path.rglob("last.ckpt")))  # the average, where there is one
+    net, _ = load_net(next(tmp_path.rglob("last.ckpt")))  # the weight average, if there is one
     assert torch.allclose(torch.tensor([[float(number) for number in row] for row in rows]), net.wte.weight)
 
 
 @pytest.mark.parametrize("passage, message", [("the €uro", "'€'"), ("t", "too short")])
-def test_a_passage_that_can_not_be_read_is_named(passage, message, fails, text_file, tmp_path):
-    how = [f"--data.corpus={text_file}", f"--trainer.default_root_dir={tmp_path}"]
-    said = fails("fit", *TINY, "--config=inspect", f"--trainer.callbacks.passage={passage}", *how)
-    assert "passage" in said and message in said
+def test_an_unusable_passage_is_refused_with_its_reason(passage, message, fails, text_file, tmp_path):
+    flags = [f"--data.corpus={text_file}", f"--trainer.default_root_dir={tmp_path}"]
+    error = fails("fit", *TINY, "--config=inspect", f"--trainer.callbacks.passage={passage}", *flags)
+    assert "passage" in error and message in error
 
 
-def test_without_matplotlib_training_goes_on_and_says_what_to_install(tmp_path, text_file, capsys, monkeypatch):
+def test_without_matplotlib_training_continues_and_says_what_to_install(tmp_path, text_file, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "lightning_gpt.analysis.figures", None)
-    how = [f"--data.corpus={text_file}", f"--trainer.default_root_dir={tmp_path}"]
-    main(["fit", *TINY, "--config=inspect", *how])
-    said = [line for line in capsys.readouterr().out.splitlines() if "ModelInspector" in line]
-    assert len(said) == 1 and "[plots]" in said[0]
+    flags = [f"--data.corpus={text_file}", f"--trainer.default_root_dir={tmp_path}"]
+    main(["fit", *TINY, "--config=inspect", *flags])
+    lines = [line for line in capsys.readouterr().out.splitlines() if "ModelInspector" in line]
+    assert len(lines) == 1 and "[plots]" in lines[0]
     assert list(tmp_path.rglob("last.ckpt"))
 
 
@@ -225,13 +227,13 @@ MARKUP = ["$$", "$\\\\frac$", "$", "_x", "\\\\$", "^{$", "<b>", "$a$"]
 
 
 def drawn_texts(figure):
-    """The texts of a figure that is drawn, and whether it takes any of them for a formula."""
+    """The texts of a drawn figure, and whether any of them is parsed as a formula."""
     figure.savefig(io.BytesIO(), format="png")
     texts = [text for text in figure.findobj(Text) if text.get_visible() and text.get_text()]
     return {text.get_text() for text in texts}, any(text.get_parse_math() and "$" in text.get_text() for text in texts)
 
 
-def test_text_that_is_drawn_is_never_markup(net):
+def test_text_in_figures_is_never_parsed_as_markup(net):
     class Markup(CharTokenizer):
         def decode(self, ids):
             return MARKUP[int(ids[0]) % len(MARKUP)]
@@ -242,26 +244,26 @@ def test_text_that_is_drawn_is_never_markup(net):
         assert not formulas and (name == "position_similarity" or "$$" in texts), name
     curves = {"_a$b$c/version_0 val/loss": [(1, 2.0), (2, 1.0)], "b": [(1, 3.0)]}
     texts, formulas = drawn_texts(draw_curves(curves, "Loss", "nats"))
-    assert not formulas and " _a$b$c/version_0 val/loss" in texts  # in the legend, too
+    assert not formulas and " _a$b$c/version_0 val/loss" in texts  # the legend's text too
 
 
-def test_a_figure_that_fails_ends_no_run(tmp_path, text_file, monkeypatch, capsys):
+def test_a_failed_figure_does_not_stop_training(tmp_path, text_file, monkeypatch, capsys):
     monkeypatch.setitem(matplotlib.rcParams, "text.usetex", True)
-    monkeypatch.setenv("PATH", str(tmp_path))  # where no LaTeX is
-    how = [f"--data.corpus={text_file}", f"--trainer.default_root_dir={tmp_path}", "--trainer.callbacks.shown=4"]
-    main(["fit", *TINY, "--config=inspect", *how])
+    monkeypatch.setenv("PATH", str(tmp_path))  # a PATH without LaTeX
+    flags = [f"--data.corpus={text_file}", f"--trainer.default_root_dir={tmp_path}", "--trainer.callbacks.shown=4"]
+    main(["fit", *TINY, "--config=inspect", *flags])
     assert "ModelInspector has no figures of step 5" in capsys.readouterr().err
 
 
-def test_a_run_that_goes_on_keeps_all_points_and_has_none_twice(tmp_path, text_file):
+def test_a_resumed_run_has_every_logged_point_exactly_once(tmp_path, text_file):
     where = [f"--trainer.default_root_dir={tmp_path}", "--trainer.log_every_n_steps=1"]
-    look = ["--config=inspect", "--trainer.callbacks.shown=2"]
-    how = [f"--data.corpus={text_file}", "--trainer.max_steps=4", "--trainer.val_check_interval=4"]
-    main(["fit", *TINY, *look, *how, *where])
+    inspect = ["--config=inspect", "--trainer.callbacks.shown=2"]
+    flags = [f"--data.corpus={text_file}", "--trainer.max_steps=4", "--trainer.val_check_interval=4"]
+    main(["fit", *TINY, *inspect, *flags, *where])
     last = tmp_path / "tiny" / "version_0" / "checkpoints" / "last.ckpt"
-    main(["fit", f"--ckpt_path={last}", *look, *where, "--trainer.max_steps=6", "--trainer.val_check_interval=3"])
+    main(["fit", f"--ckpt_path={last}", *inspect, *where, "--trainer.max_steps=6", "--trainer.val_check_interval=3"])
     values, board = scalars(tmp_path / "tiny" / "version_0")
-    assert [step for step, _ in values["train/loss"]] == list(range(6))  # step 4 is no validation any more
+    assert [step for step, _ in values["train/loss"]] == list(range(6))  # every step once
     for tag in "val/loss", "samples/longest_copy", "inspect/seconds":
         assert [step for step, _ in values[tag]] == [3, 5], tag
     (sample,) = [tag for tag in board.Tags()["tensors"] if tag.startswith("samples/")]
@@ -275,8 +277,8 @@ def test_a_run_that_goes_on_keeps_all_points_and_has_none_twice(tmp_path, text_f
 # --- the report -------------------------------------------------------------------------------------------------------
 
 
-class Seen(HTMLParser):
-    """Tags that were opened and closed, and what the page refers to."""
+class Page(HTMLParser):
+    """Parses a page: its tags, all of them closed, its text, and what it refers to."""
 
     EMPTY = {"meta", "link", "img", "br", "wbr"}
 
@@ -300,36 +302,34 @@ class Seen(HTMLParser):
 
 
 @pytest.fixture(scope="module")
-def watched(tmp_path_factory, text_file):
-    """The folder of a run with some of all curves."""
+def logged_run(tmp_path_factory, text_file):
+    """The folder of a run that logged every kind of curve."""
     root = tmp_path_factory.mktemp("watched")
-    how = ["--trainer.log_every_n_steps=1", "--trainer.val_check_interval=2", "--sample.prompts=['<b>the']"]
+    flags = ["--trainer.log_every_n_steps=1", "--trainer.val_check_interval=2", "--sample.prompts=['<b>the']"]
     corpus = root / "tags.txt"
     corpus.write_text(text_file.read_text() + "<b>")
-    main(["fit", *TINY, *how, f"--data.corpus={corpus}", f"--trainer.default_root_dir={root}"])
+    main(["fit", *TINY, *flags, f"--data.corpus={corpus}", f"--trainer.default_root_dir={root}"])
     return root / "tiny" / "version_0"
 
 
-def page_of(tmp_path, *runs):
+def write_report(tmp_path, *runs):
     main(["report", *map(str, runs), "--output", str(tmp_path / "page")])
-    return Seen((tmp_path / "page" / "report.html").read_text())
+    return Page((tmp_path / "page" / "report.html").read_text())
 
 
-def test_a_report_is_one_page_that_needs_nothing_else(watched, tmp_path, capsys):
-    page = page_of(tmp_path, watched)
+def test_a_report_is_one_self_contained_page(logged_run, tmp_path, capsys):
+    page = write_report(tmp_path, logged_run)
     pictures = {base64.b64decode(s.removeprefix("data:image/png;base64,")) for s in page.sources if len(s) > 9}
     assert all(source.startswith("data:") for source in page.sources) and "http" not in page.text
     assert "script" not in page.tags
     assert pictures == {file.read_bytes() for file in (tmp_path / "page").glob("*.png")} and len(pictures) == 11
     assert (tmp_path / "page" / "attention_layer_01.png").exists()
-    values, _ = scalars(watched)
+    values, _ = scalars(logged_run)
     assert f"{min(value for _, value in values['val/loss']):.4f}" in page.text
-    assert page.text.count("<b>the") == 5  # heading, samples of steps 2, 4 and 5, config: as text
-    assert all(
-        words in page.text for words in ("step 5", "max_steps: 5", "1 x cpu", "fit --config", "note") if words != "note"
-    )
+    assert page.text.count("<b>the") == 5  # escaped, in the heading, the samples of steps 2, 4 and 5, and the config
+    assert all(words in page.text for words in ("step 5", "max_steps: 5", "1 x cpu", "fit --config"))
     for tag in "val/loss", "samples/longest_copy":
-        assert [step for step, _ in read_run(watched).curves[tag]] == [2, 4, 5]  # as the Trainer counts them
+        assert [step for step, _ in read_run(logged_run).curves[tag]] == [2, 4, 5]  # as the Trainer counts steps
     assert "page/report.html" in capsys.readouterr().out
 
 
@@ -344,84 +344,84 @@ onload = () => {{
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
-@pytest.mark.skipif(BROWSER is None, reason="there is no Chromium here")
+@pytest.mark.skipif(BROWSER is None, reason="needs Chromium")
 @pytest.mark.parametrize("width", [1280, 390])
-def test_a_browser_shows_every_figure_and_complains_of_nothing(width, watched, tmp_path):
-    page_of(tmp_path, watched)
+def test_a_browser_shows_every_figure_without_console_messages(width, logged_run, tmp_path):
+    write_report(tmp_path, logged_run)
     (tmp_path / "frame.html").write_text(FRAME.format(width=width))
-    how = ["--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files", "--enable-logging=stderr"]
-    how += [f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=5000", "--dump-dom"]
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--allow-file-access-from-files", "--enable-logging=stderr"]
+    flags += [f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=5000", "--dump-dom"]
     done = subprocess.run(
-        [BROWSER, *how, (tmp_path / "frame.html").as_uri()], capture_output=True, text=True, timeout=120
+        [BROWSER, *flags, (tmp_path / "frame.html").as_uri()], capture_output=True, text=True, timeout=120
     )
     pictures = len(list((tmp_path / "page").glob("*.png")))
-    assert f"saw {pictures},0<" in done.stdout  # and nothing but the figures scrolls sideways
+    assert f"saw {pictures},0<" in done.stdout  # the page itself does not scroll sideways
     assert "CONSOLE" not in done.stderr
 
 
-def test_runs_side_by_side_show_where_they_differ(watched, run, tmp_path):
-    page = page_of(tmp_path, watched, run.parent)  # of a folder of versions, the newest
+def test_a_report_on_several_runs_shows_the_settings_that_differ(logged_run, run, tmp_path):
+    page = write_report(tmp_path, logged_run, run.parent)  # given a folder of versions, it takes the newest
     assert "sample.prompts" in page.text and "model.n_layer" not in page.text
     assert {file.stem for file in (tmp_path / "page").glob("*.png")} >= {"val_loss", "train_loss"}
 
 
 @pytest.mark.parametrize("left", [0, 7, 0.9, 0.999])
-def test_half_an_event_file_shows_what_there_is(left, watched, tmp_path):
-    half = shutil.copytree(watched, tmp_path / "half")
+def test_a_report_on_a_truncated_event_file_shows_what_is_left(left, logged_run, tmp_path):
+    half = shutil.copytree(logged_run, tmp_path / "half")
     (events,) = half.glob("*tfevents*")
     data = events.read_bytes()
     events.write_bytes(data[: left if isinstance(left, int) else int(left * len(data))])
     (half / "checkpoints" / "best.ckpt").write_bytes(b"no checkpoint")
-    page = page_of(tmp_path, half)
+    page = write_report(tmp_path, half)
     assert "No look at best.ckpt" in page.text and "Inside last.ckpt" in page.text
     assert ("No curves" in page.text) == (left in (0, 7))
 
 
-def test_what_is_missing_is_said(watched, tmp_path):
+def test_a_report_says_what_is_missing(logged_run, tmp_path):
     bare = tmp_path / "a run"
     bare.mkdir()
-    config = (watched / "config.yaml").read_text()
+    config = (logged_run / "config.yaml").read_text()
     (bare / "config.yaml").write_text(config.replace("max_steps: 5", "max_steps: 5000"))
-    page = page_of(tmp_path, bare)
+    page = write_report(tmp_path, bare)
     assert all(words in page.text for words in ("No curves", "No checkpoint", "Step 0 of 5,000", "not recorded"))
-    assert "a run/config.yaml'" in page.text  # quoted, for a shell
-    moved = shutil.copytree(watched, tmp_path / "moved", ignore=shutil.ignore_patterns("config.yaml"))
-    corpus = watched.parents[1] / "tags.txt"
+    assert "a run/config.yaml'" in page.text  # quoted for a shell
+    moved = shutil.copytree(logged_run, tmp_path / "moved", ignore=shutil.ignore_patterns("config.yaml"))
+    corpus = logged_run.parents[1] / "tags.txt"
     corpus.rename(tmp_path / "tags.txt")
-    page = page_of(tmp_path, moved)
+    page = write_report(tmp_path, moved)
     (tmp_path / "tags.txt").rename(corpus)
     assert "this is the checkpoint's" in page.text and "No look inside" in page.text
 
 
-def test_a_report_reads_the_validation_text_wherever_it_lies(text_file, tmp_path):
+def test_a_report_finds_the_validation_text_across_files(text_file, tmp_path):
     text = text_file.read_text()
     (tmp_path / "a.txt").write_bytes(text[:1000].replace("\n", "\r\n").encode("utf-8-sig"))
     (tmp_path / "b.txt").write_text(text[1000:])
     tokenizer, data = CharTokenizer(text), {"corpus": str(tmp_path), "split": [0.5, 0.9], "vocabulary": text}
-    whole = text if text[999] == "\n" else text[:1000] + "\n" + text[1000:]
-    start = len(whole) // 2
-    assert torch.equal(validation_passage(data, 30, tokenizer), tokenizer.encode(whole[start : start + 31]))
+    full = text if text[999] == "\n" else text[:1000] + "\n" + text[1000:]
+    start = len(full) // 2
+    assert torch.equal(validation_passage(data, 30, tokenizer), tokenizer.encode(full[start : start + 31]))
 
 
 @pytest.mark.parametrize("path, message", [("none", "does not exist"), ("empty", "no run's folder")])
-def test_a_report_on_no_run_says_so(path, message, fails, tmp_path):
+def test_a_report_on_a_folder_without_a_run_is_refused(path, message, fails, tmp_path):
     (tmp_path / "empty").mkdir()
     assert message in fails("report", tmp_path / path)
 
 
-def test_the_newest_run_is_reported_where_none_is_named(watched, tmp_path, monkeypatch, capsys):
-    shutil.copytree(watched, tmp_path / "checkpoints" / "tiny" / "version_3")
+def test_a_report_without_arguments_takes_the_newest_run(logged_run, tmp_path, monkeypatch, capsys):
+    shutil.copytree(logged_run, tmp_path / "checkpoints" / "tiny" / "version_3")
     monkeypatch.chdir(tmp_path)
     main(["report"])
     assert re.search(r"checkpoints/tiny/version_3/report/report.html", capsys.readouterr().out)
 
 
-def test_prompts_with_as_many_characters_may_have_other_numbers_of_tokens(tmp_path, text_file):
+def test_prompts_of_equal_length_may_have_different_numbers_of_tokens(tmp_path, text_file):
     pytest.importorskip("tokenizers")
     corpus = text_file.read_text()
     prompts = [corpus[:12], "zqzqzqzqzqzq"]
-    how = [f"--data.corpus={text_file}", f"--trainer.default_root_dir={tmp_path}", "--data.tokenizer=bpe"]
-    main(["fit", *TINY, *how, "--data.vocab_size=300", f"--sample.prompts={json.dumps(prompts)}"])
+    flags = [f"--data.corpus={text_file}", f"--trainer.default_root_dir={tmp_path}", "--data.tokenizer=bpe"]
+    main(["fit", *TINY, *flags, "--data.vocab_size=300", f"--sample.prompts={json.dumps(prompts)}"])
     _, board = scalars(tmp_path / "tiny" / "version_0")
     texts = [
         board.Tensors(tag)[-1].tensor_proto.string_val[0].decode()

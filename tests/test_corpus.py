@@ -1,4 +1,4 @@
-"""Any text: which files, what is wrong with them, and large ones through a file of tokens."""
+"""Reading a corpus: files, encodings, errors, vocabularies, and large texts through the token cache."""
 
 import gzip
 import io
@@ -28,7 +28,7 @@ VERSE = "The quality of mercy is not strain'd,\nIt droppeth as the gentle rain f
 
 @pytest.fixture
 def folder(tmp_path):
-    """Three texts, two of them below a folder, and something else."""
+    """Three texts, two of them in a folder, and a binary file."""
     (tmp_path / "plays" / "late").mkdir(parents=True)
     for name, content in {"plays/b.txt": "b", "plays/late/a.txt": "a\n", "c.md": "c\n", "plays/x.bin": "x"}.items():
         (tmp_path / name).write_text(content)
@@ -46,20 +46,20 @@ def folder(tmp_path):
         ("plays, plays/../plays/b.txt, ~/c.md, c.md", "b\na\nc\n"),
     ],
 )
-def test_a_corpus_is_files_folders_and_patterns(folder, monkeypatch, corpus, text):
+def test_a_corpus_can_be_files_folders_and_patterns(folder, monkeypatch, corpus, text):
     monkeypatch.chdir(folder)
     monkeypatch.setenv("HOME", str(folder))
     assert "".join(read_files(find_files(corpus), False, Counter())) == text
 
 
 @pytest.mark.parametrize("corpus", ["", "c.md,", "c.md,,c.md"])
-def test_nothing_between_commas_is_not_the_folder_one_is_in(folder, monkeypatch, corpus):
+def test_an_empty_name_in_a_list_is_refused(folder, monkeypatch, corpus):
     monkeypatch.chdir(folder)
     with pytest.raises(ValueError, match="has an empty item"):
         TextDataModule(corpus, block_size=1)
 
 
-def test_a_list_of_files_may_be_longer_than_a_name(folder, monkeypatch):
+def test_a_list_of_files_may_be_longer_than_a_path_can_be(folder, monkeypatch):
     monkeypatch.chdir(folder)
     names = [f"{i}.md" for i in range(100)]
     for name in names:
@@ -74,23 +74,23 @@ def test_a_file_with_a_comma_in_its_name_is_one_file(tmp_path):
 
 @settings(deadline=None)
 @given(st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"])) | st.text("a\r\né日", min_size=1))
-def test_pieces_of_a_file_make_up_its_text(tmp_path_factory, text):
+def test_the_pieces_of_a_file_join_to_its_text(tmp_path_factory, text):
     path = tmp_path_factory.mktemp("pieces") / "text"
     path.write_bytes(text.encode())
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(corpus, "READ_BYTES", 3)
-        kept, read = ("".join(read_pieces(path, keep, Counter())) for keep in (True, False))
-    assert kept == text.removeprefix("\ufeff") and read == kept.replace("\r\n", "\n").replace("\r", "\n")
+        verbatim, normalized = ("".join(read_pieces(path, keep, Counter())) for keep in (True, False))
+    assert verbatim == text.removeprefix("\ufeff") and normalized == verbatim.replace("\r\n", "\n").replace("\r", "\n")
 
 
-def test_what_is_changed_is_said(tmp_path, capsys):
+def test_changes_to_the_text_are_reported(tmp_path, capsys):
     (tmp_path / "text").write_bytes(b"\xef\xbb\xbf" + b"one\r\ntwo\r\nsix\r" * 30)
     data = TextDataModule(str(tmp_path / "text"), block_size=8)
-    told = capsys.readouterr().err
-    assert "byte order mark" in told and "60 Windows line endings" in told and "30 old Mac line endings" in told
-    assert told.count("lightning-gpt: ") == 3 and set(data.tokenizer.vocabulary) == set("one\ntwosix")
-    TextDataModule(str(tmp_path / "text"), block_size=8, vocabulary="\r\nonetwsix")  # that has returns
-    assert "byte order mark" in (told := capsys.readouterr().err) and told.count("\n") == 1
+    err = capsys.readouterr().err
+    assert "byte order mark" in err and "60 Windows line endings" in err and "30 old Mac line endings" in err
+    assert err.count("lightning-gpt: ") == 3 and set(data.tokenizer.vocabulary) == set("one\ntwosix")
+    TextDataModule(str(tmp_path / "text"), block_size=8, vocabulary="\r\nonetwsix")  # which has carriage returns
+    assert "byte order mark" in (err := capsys.readouterr().err) and err.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_what_is_changed_is_said(tmp_path, capsys):
         (b"", "is empty"),
     ],
 )
-def test_what_is_no_text_is_refused_with_its_place(tmp_path, monkeypatch, content, message):
+def test_bytes_that_are_not_text_are_refused_with_their_offset(tmp_path, monkeypatch, content, message):
     monkeypatch.setattr(corpus, "READ_BYTES", 4)
     (tmp_path / "good.txt").write_text("fine")
     (tmp_path / "bad.txt").write_bytes(content)
@@ -134,25 +134,25 @@ SAMPLES = {
 
 
 @pytest.mark.parametrize("name", SAMPLES)
-def test_a_text_in_another_encoding_is_read_in_the_error_and_the_advice_converts_it(tmp_path, name):
+def test_for_another_encoding_the_error_shows_the_text_and_a_command_that_converts_it(tmp_path, name):
     text, path = SAMPLES[name] * 40, tmp_path / "text"
     path.write_bytes(text.encode(name))
-    with pytest.raises(ValueError, match="is not UTF-8 text") as told:
+    with pytest.raises(ValueError, match="is not UTF-8 text") as error:
         TextDataModule(str(path), 8)
-    shown, encoding = re.search(r"it reads '(.*?)' as ([\w-]+)", str(told.value)).groups()
-    assert shown in text.replace("\n", " ") and f"iconv -f {encoding} -t UTF-8" in str(told.value)
+    shown, encoding = re.search(r"it reads '(.*?)' as ([\w-]+)", str(error.value)).groups()
+    assert shown in text.replace("\n", " ") and f"iconv -f {encoding} -t UTF-8" in str(error.value)
     if shutil.which("iconv"):
         assert subprocess.check_output(["iconv", "-f", encoding, "-t", "UTF-8", path]).decode() == text
 
 
-def test_where_several_encodings_fit_each_shows_how_it_reads(tmp_path):
+def test_if_several_encodings_fit_the_error_shows_the_text_in_each(tmp_path):
     (tmp_path / "text").write_bytes("tiempo que vivía un hidalgo; ¿qué señor?\n".encode("mac_roman"))
     with pytest.raises(ValueError, match="viv’a un .*' as WINDOWS-1252, .*vivía un .*' as MACINTOSH: .*the right one"):
         TextDataModule(str(tmp_path / "text"), 8)
 
 
 @pytest.mark.parametrize("bad, remedy", [(b"\xff", "iconv -c -f UTF-8 -t UTF-8"), (b"\0", "tr -d '.000'")])
-def test_utf8_with_a_wrong_byte_is_not_taken_for_something_else(tmp_path, bad, remedy):
+def test_damaged_utf8_is_not_taken_for_another_encoding(tmp_path, bad, remedy):
     (tmp_path / "text").write_bytes(SAMPLES["big5"].encode() + bad + SAMPLES["big5"].encode())
     with pytest.raises(ValueError, match=f"damaged UTF-8 text: .* at offset 148; .*{remedy}"):
         TextDataModule(str(tmp_path / "text"), 8)
@@ -183,17 +183,17 @@ def zipped(*names):
     ],
     ids=["docx", "xlsx", "zip", "pdf", "rtf", "gz", "png", "random"],
 )
-def test_a_file_of_another_kind_is_named(tmp_path, content, message):
+def test_the_error_for_another_file_format_names_it(tmp_path, content, message):
     (tmp_path / "file.txt").write_bytes(content)
     with pytest.raises(ValueError, match=f"the corpus .*file.txt .*{message}"):
         TextDataModule(str(tmp_path), 8)
 
 
-def test_hidden_files_are_no_part_of_a_folder_and_suffixes_may_be_capitals(tmp_path, capsys):
+def test_hidden_files_are_skipped_and_suffixes_may_be_upper_case(tmp_path, capsys):
     for name in "a.txt", "B.TXT", "c/d.Txt", "c/.ipynb_checkpoints/d-checkpoint.txt", ".git/e.txt", ".f.txt", "g.txt~":
         (tmp_path / ".home" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / ".home" / name).write_text(f"{name} " * 10)
-    corpus = str(tmp_path / ".home")  # what is named may be hidden
+    corpus = str(tmp_path / ".home")  # a hidden folder may be named explicitly
     assert [file.name for file in find_files(corpus)] == ["B.TXT", "a.txt", "d.Txt"]
     data = TextDataModule(corpus, 8)
     assert (
@@ -207,7 +207,7 @@ def test_hidden_files_are_no_part_of_a_folder_and_suffixes_may_be_capitals(tmp_p
         find_files(corpus)
 
 
-def test_brackets_in_a_name_are_brackets(tmp_path):
+def test_brackets_in_a_name_are_taken_literally(tmp_path):
     (tmp_path / "plays[1]").mkdir()
     for name in "a1.txt", "b[1].txt", "plays[1]/c.txt":
         (tmp_path / name).write_text("text")
@@ -224,16 +224,16 @@ def test_a_report_reads_the_text_as_training_did(tmp_path):
         assert validation_passage(dict(data.hparams), 90, data.tokenizer).tolist() == data.val_tokens[:91].tolist()
 
 
-def test_of_several_processes_the_first_one_speaks(monkeypatch, capsys):
-    for ranks, said in ({}, 1), ({"LOCAL_RANK": "1"}, 0), ({"RANK": "0", "LOCAL_RANK": "0"}, 1), ({"RANK": "2"}, 0):
+def test_only_the_first_of_several_processes_prints(monkeypatch, capsys):
+    for ranks, lines in ({}, 1), ({"LOCAL_RANK": "1"}, 0), ({"RANK": "0", "LOCAL_RANK": "0"}, 1), ({"RANK": "2"}, 0):
         with monkeypatch.context() as patch:
             for name, rank in ranks.items():
                 patch.setenv(name, rank)
             print_info("something")
-        assert capsys.readouterr().err.count("something") == said
+        assert capsys.readouterr().err.count("something") == lines
 
 
-def test_a_folder_without_text_and_a_pattern_without_files(tmp_path):
+def test_a_folder_without_text_and_a_pattern_without_files_are_refused(tmp_path):
     (tmp_path / "notes.md").write_text("text")
     with pytest.raises(ValueError, match=r"has no \.txt file.*\*\.md"):
         find_files(str(tmp_path))
@@ -242,14 +242,14 @@ def test_a_folder_without_text_and_a_pattern_without_files(tmp_path):
 
 
 @pytest.mark.parametrize("split", [0.9, 0.5, (0.3, 0.4)])
-def test_a_text_that_is_too_short_is_told_how_long_it_has_to_be(tmp_path, split):
+def test_the_error_for_a_short_text_says_how_long_it_must_be(tmp_path, split):
     def data(length, block_size):
         (tmp_path / "text").write_text("ab" * length)
         return TextDataModule(str(tmp_path / "text"), block_size, split=split)
 
-    with pytest.raises(ValueError, match="too few for one window of block_size=50") as told:
+    with pytest.raises(ValueError, match="too few for one window of block_size=50") as error:
         data(40, 50)
-    needed, block_size = re.search(r"about ([\d,]+) characters.* --model.block_size (\d+)", str(told.value)).groups()
+    needed, block_size = re.search(r"about ([\d,]+) characters.* --model.block_size (\d+)", str(error.value)).groups()
     enough = int(needed.replace(",", ""))
     data((enough + 1) // 2, 50), data(40, int(block_size))
     with pytest.raises(ValueError, match="too few"):
@@ -266,7 +266,7 @@ def poem(tmp_path):
     return path
 
 
-def test_merges_come_from_the_training_split_alone(tmp_path, poem):
+def test_merges_are_learnt_from_the_training_split_alone(tmp_path, poem):
     one = TextDataModule(str(poem), 8, tokenizer="bpe", vocab_size=290)
     training = poem.read_text()[: int(0.9 * len(poem.read_text()))]
     (tmp_path / "other").write_text(training + "zyx " * (len(poem.read_text()) - len(training) >> 2))
@@ -275,12 +275,12 @@ def test_merges_come_from_the_training_split_alone(tmp_path, poem):
     assert one.vocab_size == 290 and len(one.train_tokens) < 0.7 * len(training)
 
 
-def test_a_text_with_few_pairs_has_as_many_ids_as_are_asked_for_now_and_later(poem, large, capsys):
-    how = dict(tokenizer="bpe", vocab_size=999)
-    for serve in lambda **how: TextDataModule(str(poem), 8, **how), large:
-        data = serve(**how)
+def test_a_text_with_few_pairs_still_gets_the_given_vocab_size(poem, large, capsys):
+    kwargs = dict(tokenizer="bpe", vocab_size=999)
+    for serve in lambda **kwargs: TextDataModule(str(poem), 8, **kwargs), large:
+        data = serve(**kwargs)
         assert "pairs for 324 ids" in capsys.readouterr().err
-        again = serve(**how, vocabulary=data.hparams.vocabulary)  # as a checkpoint brings it
+        again = serve(**kwargs, vocabulary=data.hparams.vocabulary)  # as a checkpoint stores it
         assert data.vocab_size == again.vocab_size == 999 and torch.equal(data.val_tokens, again.val_tokens)
 
 
@@ -292,20 +292,20 @@ def test_every_tokenizer_splits_the_text_at_the_same_character(poem, kind):
     assert data.tokenizer.decode(data.val_tokens.long()) == text[n:]
 
 
-def test_a_token_for_the_unknown_is_learnt_from_what_is_rare(poem):
+def test_rare_characters_become_the_token_for_unknown_ones(poem):
     data = TextDataModule(str(poem), 8, on_unknown="replace")
     assert not set("日本語Q:") & set(data.tokenizer.vocabulary) and "\ufffd" in data.tokenizer.vocabulary
     assert "The end\ufffd \ufffd\ufffd\ufffd, and \ufffd\n" in data.tokenizer.decode(data.train_tokens)
 
 
-def test_a_vocabulary_is_extended_behind_its_end(poem):
+def test_a_vocabulary_is_extended_at_its_end(poem):
     data = TextDataModule(str(poem), 8, vocabulary="zTheQ", on_unknown="extend")
     assert data.tokenizer.vocabulary.startswith("zTheQ") and "日" in data.tokenizer.vocabulary
     with pytest.raises(ValueError, match="lacks: .*日"):
         TextDataModule(str(poem), 8, vocabulary="".join(set(VERSE)))
 
 
-def test_names_that_are_made_up_of_other_letters_do_not_stop_a_run(tmp_path):
+def test_name_augmentation_works_for_a_text_with_few_letters(tmp_path):
     (tmp_path / "play").write_text("ZZYX:\nhow now, Zzyx, and you, Zzyx.\n\n" * 30)
     data = TextDataModule(str(tmp_path / "play"), 8, name_augmentation=3)
     assert len(data.train_tokens) > 3 * 30 * 35
@@ -316,15 +316,15 @@ def test_names_that_are_made_up_of_other_letters_do_not_stop_a_run(tmp_path):
 
 @pytest.fixture
 def large(poem, tmp_path, monkeypatch):
-    """Serves the poem as if it were large, in small pieces."""
+    """Serve the poem as a large text is served, in small pieces."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
-    def large(**how):
+    def large(**kwargs):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(datamodule, "CACHE_FROM_BYTES", 0)
             patch.setattr(corpus, "READ_BYTES", 100)
             patch.setattr(token_cache, "READ_BYTES", 100)
-            return TextDataModule(str(poem), 8, **how)
+            return TextDataModule(str(poem), 8, **kwargs)
 
     return large
 
@@ -334,7 +334,7 @@ def files(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "how",
+    "kwargs",
     [
         {},
         {"tokenizer": "byte"},
@@ -344,43 +344,43 @@ def files(tmp_path):
     ],
     ids=str,
 )
-def test_a_large_text_is_served_as_a_small_one_is(poem, large, tmp_path, how):
-    small, mapped = TextDataModule(str(poem), 8, **how), large(**how)
+def test_a_large_text_is_served_as_a_small_one(poem, large, tmp_path, kwargs):
+    small, mapped = TextDataModule(str(poem), 8, **kwargs), large(**kwargs)
     assert mapped.tokenizer.vocabulary == small.tokenizer.vocabulary and mapped.vocab_size == small.vocab_size
     for name in "train_tokens", "val_tokens":
         assert torch.equal(getattr(mapped, name).long(), getattr(small, name).long())
     before = files(tmp_path)
-    again, resumed = large(**how), large(**how | {"vocabulary": small.hparams.vocabulary})
-    assert files(tmp_path) == before and len(before) == 1  # made once, and found with a checkpoint's vocabulary too
+    again, resumed = large(**kwargs), large(**kwargs | {"vocabulary": small.hparams.vocabulary})
+    assert files(tmp_path) == before and len(before) == 1  # made once, and reused with a checkpoint's vocabulary
     assert torch.equal(again.val_tokens, mapped.val_tokens) and torch.equal(resumed.val_tokens, mapped.val_tokens)
 
 
-def test_tokens_are_made_again_if_the_text_changes_or_their_file_is_cut(poem, large, tmp_path):
+def test_the_token_cache_is_rebuilt_if_the_text_changes_or_the_cache_is_truncated(poem, large, tmp_path):
     first = large().train_tokens.clone()
     (file,) = files(tmp_path)
     os.truncate(file, 100)
     assert torch.equal(large().train_tokens, first)
     before = poem.stat()
     poem.write_text(poem.read_text().replace("mercy", "MERCY"))
-    os.utime(poem, ns=(before.st_atime_ns, before.st_mtime_ns))  # as cp -p does
+    os.utime(poem, ns=(before.st_atime_ns, before.st_mtime_ns))  # as cp -p sets it
     assert "M" in large().tokenizer.vocabulary
 
 
-def test_a_map_may_be_larger_than_memory(tmp_path):
+def test_a_memory_map_may_be_larger_than_memory(tmp_path):
     size = 2 * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     with open(tmp_path / "tokens", "wb") as file:
         file.write(b"\5\0")
-        file.truncate(size)  # holes, which take no room on the disk
+        file.truncate(size)  # a sparse file
     ids = memory_map(tmp_path / "tokens", "uint16")
     assert len(ids) == size // 2 and ids[0] == 5 and ids[-1] == 0
 
 
-def test_copies_are_left_out_of_large_texts_and_that_is_said(large, capsys):
+def test_large_texts_get_no_name_augmentation_and_a_warning_says_so(large, capsys):
     assert len(large(name_augmentation=2).train_tokens) == len(large().train_tokens)
     assert "data.name_augmentation=2 is for small texts" in capsys.readouterr().err
 
 
-def test_a_full_disk_is_said_and_leaves_nothing_behind(large, tmp_path):
+def test_a_full_disk_raises_an_error_and_leaves_no_files(large, tmp_path):
     resource = pytest.importorskip("resource")
     limits, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     try:
@@ -393,7 +393,7 @@ def test_a_full_disk_is_said_and_leaves_nothing_behind(large, tmp_path):
     assert [file.name for file in (tmp_path / "cache" / "lightning-gpt").iterdir()] == ["lock"]
 
 
-def test_a_cache_that_can_not_be_written_says_where_it_is(large, tmp_path, monkeypatch):
+def test_the_error_for_an_unwritable_cache_says_how_to_move_it(large, tmp_path, monkeypatch):
     (tmp_path / "cache").write_text("a file in the way")
     with pytest.raises(OSError, match="set XDG_CACHE_HOME"):
         large()

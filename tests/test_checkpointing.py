@@ -1,4 +1,4 @@
-"""The small print of saving, stopping and going on, one promise each."""
+"""Saving, stopping and resuming in detail, one property per test."""
 
 import ast
 import io
@@ -37,13 +37,13 @@ PARTS = {"state_dict": {}, "hyper_parameters": {}, "datamodule_hyper_parameters"
 
 
 def fit(*flags, corpus=None, root=None):
-    where = [f"--data.corpus={corpus}"] * bool(corpus) + [f"--trainer.default_root_dir={root}"] * bool(root)
-    main(["fit", *(TINY if corpus else []), *where, *map(str, flags)])
+    paths = [f"--data.corpus={corpus}"] * bool(corpus) + [f"--trainer.default_root_dir={root}"] * bool(root)
+    main(["fit", *(TINY if corpus else []), *paths, *map(str, flags)])
 
 
 @pytest.fixture
 def resumable(run, tmp_path):
-    """A copy of a run's folder, which a fit from its last.ckpt goes on in."""
+    """A copy of a run's folder; resuming from its last.ckpt continues in this folder."""
     return Path(shutil.copytree(run, tmp_path / "tiny" / "version_0"))
 
 
@@ -51,14 +51,14 @@ def resume(run, *flags):
     main(["fit", f"--ckpt_path={run}/checkpoints/last.ckpt", f"--trainer.default_root_dir={run.parents[1]}", *flags])
 
 
-def test_a_killed_runs_draft_is_cleared_away(resumable):
+def test_the_temporary_file_of_a_killed_run_is_removed(resumable):
     (resumable / "checkpoints" / ".draft.last.ckpt.123").write_bytes(b"half")
     resume(resumable, "--trainer.max_steps=6")
     assert {file.name for file in (resumable / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
 
 
 @pytest.mark.parametrize("loss, replaced", [(0.5, False), (9.0, True), (None, True)])
-def test_a_resumed_run_replaces_best_by_a_better_one_only(resumable, loss, replaced):
+def test_a_resumed_run_replaces_best_only_by_a_better_one(resumable, loss, replaced):
     best = resumable / "checkpoints" / "best.ckpt"
     write_checkpoint(read_checkpoint(best) | {"val_loss": loss}, best)
     if loss is None:  # damaged
@@ -68,14 +68,14 @@ def test_a_resumed_run_replaces_best_by_a_better_one_only(resumable, loss, repla
     assert (best.read_bytes() != before) == replaced
 
 
-def test_a_checkpoint_between_two_validations_has_no_val_loss(tmp_path, text_file):
+def test_a_checkpoint_between_validations_has_no_val_loss(tmp_path, text_file):
     flags = ["--trainer.val_check_interval=2", "--save_every_n_steps=3", "--trainer.max_steps=4"]
     seen = {}
 
     class Spy(AsyncCheckpointIO):
-        def write(self, saved, path, ready):
-            seen[path.name, saved["global_step"]] = saved["val_loss"]
-            super().write(saved, path, ready)
+        def write(self, checkpoint, path, ready):
+            seen[path.name, checkpoint["global_step"]] = checkpoint["val_loss"]
+            super().write(checkpoint, path, ready)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_module, "AsyncCheckpointIO", Spy)
@@ -87,8 +87,8 @@ def test_a_checkpoint_between_two_validations_has_no_val_loss(tmp_path, text_fil
     }
 
 
-class Spoil(L.Callback):
-    """Weights become nan after step 3, which no loss has told yet."""
+class MakeWeightsNaN(L.Callback):
+    """Makes the weights NaN after step 3, before any loss can show it."""
 
     def on_train_batch_end(self, trainer, lm, *_):
         if trainer.global_step == 3:
@@ -96,47 +96,39 @@ class Spoil(L.Callback):
 
 
 @pytest.mark.parametrize("flags", [["--save_every_n_steps=1"], ["--trainer.val_check_interval=3"]])
-def test_weights_that_are_no_numbers_are_never_saved_and_the_last_good_file_is_named(
-    tmp_path, text_file, capsys, flags
-):
-    how = [f"--trainer.callbacks=[{{class_path: {__name__}.Spoil}}]", "--trainer.max_steps=9", *flags]
+def test_nan_weights_are_never_saved_and_the_last_good_file_is_named(tmp_path, text_file, capsys, flags):
+    args = [f"--trainer.callbacks=[{{class_path: {__name__}.MakeWeightsNaN}}]", "--trainer.max_steps=9", *flags]
     with pytest.raises(SystemExit) as stop:
-        fit(*how, corpus=text_file, root=tmp_path)
-    said = capsys.readouterr().err
-    assert stop.value.code == 1 and "the weights became NaN or infinite at step 3" in said
+        fit(*args, corpus=text_file, root=tmp_path)
+    error = capsys.readouterr().err
+    assert stop.value.code == 1 and "the weights became NaN or infinite at step 3" in error
     if "--save_every_n_steps=1" in flags:
-        assert "The last good checkpoint is" in said and "last.ckpt, of step 2" in said
+        assert "The last good checkpoint is" in error and "last.ckpt, of step 2" in error
         assert read_checkpoint(next(tmp_path.rglob("last.ckpt")))["global_step"] == 2
     else:
-        assert not list(tmp_path.rglob("*.ckpt")) and "last good" not in said
+        assert not list(tmp_path.rglob("*.ckpt")) and "last good" not in error
 
 
-class SpoilAverage(L.Callback):
+class MakeAverageNaN(L.Callback):
     def on_train_batch_end(self, trainer, lm, *_):
         if trainer.global_step == 3:
             lm.ema_net.wte.weight.data.fill_(math.nan)
 
 
-def test_a_val_loss_that_is_no_number_stops_the_run(tmp_path, text_file, capsys):
-    how = [f"--trainer.callbacks=[{{class_path: {__name__}.SpoilAverage}}]", "--model.ema_decay=0.5"]
+def test_a_nan_val_loss_stops_the_run(tmp_path, text_file, capsys):
+    flags = [f"--trainer.callbacks=[{{class_path: {__name__}.MakeAverageNaN}}]", "--model.ema_decay=0.5"]
     with pytest.raises(SystemExit) as stop:
-        fit(*how, "--trainer.val_check_interval=3", "--trainer.max_steps=9", corpus=text_file, root=tmp_path)
+        fit(*flags, "--trainer.val_check_interval=3", "--trainer.max_steps=9", corpus=text_file, root=tmp_path)
     assert stop.value.code == 1 and "val/loss became nan at step 3" in capsys.readouterr().err
     assert not list(tmp_path.rglob("*.ckpt"))
 
 
-class Snap(L.Callback):
-    def on_save_checkpoint(self, trainer, lm, saved):
-        board = EventAccumulator(trainer.loggers[0].log_dir, size_guidance={"scalars": 0}).Reload()
-        assert len(board.Scalars("val/loss")) == trainer.global_step // 2
-
-
-def test_a_best_that_could_not_be_saved_is_tried_again(tmp_path, monkeypatch):
+def test_after_a_failed_save_of_best_the_next_loss_is_saved_as_best(tmp_path, monkeypatch):
     class Trainer(SimpleNamespace):
         def save_checkpoint(self, path):
-            asked.append(path.name)
+            attempts.append(path.name)
 
-    asked, saver = [], CheckpointSaver(tmp_path, 0)
+    attempts, saver = [], CheckpointSaver(tmp_path, 0)
     lm, io = SimpleNamespace(check_divergence=lambda: None), SimpleNamespace(failed={})
     strategy = SimpleNamespace(broadcast=lambda x: x, checkpoint_io=io)
     trainer = Trainer(lightning_module=lm, strategy=strategy, fast_dev_run=False, loggers=[], is_global_zero=True)
@@ -144,12 +136,12 @@ def test_a_best_that_could_not_be_saved_is_tried_again(tmp_path, monkeypatch):
         trainer.global_step, saver.val_loss, io.failed = step, loss, failed
         saver.val_step = trainer.global_step
         saver.on_step_done(trainer)
-    assert asked == ["best.ckpt", "last.ckpt"] * 2  # 3.0 beats what is on the disk: nothing
+    assert attempts == ["best.ckpt", "last.ckpt"] * 2  # 3.0 is saved as best, since saving 2.0 failed
     saver.on_step_done(trainer)
-    assert len(asked) == 4  # once a step
+    assert len(attempts) == 4  # once per step
 
 
-class Interrupt(L.Callback):
+class SendSignal(L.Callback):
     handlers: list = []
 
     def on_train_batch_start(self, trainer, *_):
@@ -161,45 +153,45 @@ class Interrupt(L.Callback):
 
 
 @pytest.mark.parametrize("slurm", [False, True])
-def test_a_signal_is_heard_once_and_leaves_no_handler(tmp_path, text_file, monkeypatch, slurm):
+def test_a_signal_stops_the_run_once_and_leaves_no_handler(tmp_path, text_file, monkeypatch, slurm):
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)]
-    monkeypatch.setattr(Interrupt, "handlers", [])
+    monkeypatch.setattr(SendSignal, "handlers", [])
     (monkeypatch.setenv("SLURM_JOB_ID", "1") if slurm else monkeypatch.delenv("SLURM_JOB_ID", raising=False))
     with pytest.raises(SystemExit) as stop:
-        fit(f"--trainer.callbacks=[{{class_path: {__name__}.Interrupt}}]", corpus=text_file, root=tmp_path)
+        fit(f"--trainer.callbacks=[{{class_path: {__name__}.SendSignal}}]", corpus=text_file, root=tmp_path)
     assert stop.value.code == 128 + (signal.SIGUSR1 if slurm else signal.SIGTERM)
     assert read_checkpoint(next(tmp_path.rglob("last.ckpt")))["global_step"] == 4
-    assert Interrupt.handlers == [signal.SIG_DFL] * 2  # a second one ends it at once
+    assert SendSignal.handlers == [signal.SIG_DFL] * 2  # a second signal ends it at once
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)] == before
 
 
-def test_a_run_may_be_in_another_thread(tmp_path, text_file):
+def test_a_run_works_in_another_thread(tmp_path, text_file):
     done = []
-    where = [f"--data.corpus={text_file}", f"--trainer.default_root_dir={tmp_path}"]
-    thread = threading.Thread(target=lambda: done.append(main(["fit", *TINY, *where])))
+    paths = [f"--data.corpus={text_file}", f"--trainer.default_root_dir={tmp_path}"]
+    thread = threading.Thread(target=lambda: done.append(main(["fit", *TINY, *paths])))
     thread.start(), thread.join()
     assert done == [None] and list(tmp_path.rglob("best.ckpt"))
 
 
-class Fail(L.Callback):
+class FailAfterValidation(L.Callback):
     def on_validation_end(self, trainer, *_):
         if trainer.global_step == 2:
             raise ValueError("a callback's own\nlines")
 
 
-def test_what_was_validated_is_kept_though_a_callback_fails_after_it(tmp_path, text_file, capsys):
-    how = ["--trainer.val_check_interval=2", f"--trainer.callbacks=[{{class_path: {__name__}.Fail}}]"]
+def test_a_validated_step_is_saved_if_a_callback_fails_after_it(tmp_path, text_file, capsys):
+    flags = ["--trainer.val_check_interval=2", f"--trainer.callbacks=[{{class_path: {__name__}.FailAfterValidation}}]"]
     with pytest.raises(SystemExit) as stop:
-        fit(*how, corpus=text_file, root=tmp_path)
-    said = capsys.readouterr().err
-    assert stop.value.code == 2 and "last.ckpt, of step 2" in said and "Traceback" not in said
+        fit(*flags, corpus=text_file, root=tmp_path)
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and "last.ckpt, of step 2" in error and "Traceback" not in error
     for name in "best", "last":
-        saved = read_checkpoint(tmp_path / f"tiny/version_0/checkpoints/{name}.ckpt")
-        assert saved["global_step"] == 2 and math.isfinite(saved["val_loss"])
+        checkpoint = read_checkpoint(tmp_path / f"tiny/version_0/checkpoints/{name}.ckpt")
+        assert checkpoint["global_step"] == 2 and math.isfinite(checkpoint["val_loss"])
 
 
 class TearWeights(L.Callback):
-    """An update that fails halfway: some weights are new, the others old."""
+    """Makes an optimizer step fail halfway: some weights are updated, the others are not."""
 
     def on_train_start(self, trainer, *_):
         def step(closure):
@@ -210,16 +202,16 @@ class TearWeights(L.Callback):
         trainer.optimizers[0].step = step
 
 
-def test_half_an_update_is_not_saved(tmp_path, text_file):
+def test_an_incomplete_update_is_not_saved(tmp_path, text_file):
     with pytest.raises(RuntimeError, match="torn"):
         fit(f"--trainer.callbacks=[{{class_path: {__name__}.TearWeights}}]", corpus=text_file, root=tmp_path)
     assert not list(tmp_path.rglob("*.ckpt"))
 
 
-# board.py: a folder for each run
+# --- a folder for each run --------------------------------------------------------------------------------------------
 
 
-def test_runs_that_start_together_get_a_folder_each(tmp_path):
+def test_runs_that_start_together_get_separate_folders(tmp_path):
     together = threading.Barrier(8)
 
     def start(_):
@@ -236,28 +228,28 @@ def test_runs_that_start_together_get_a_folder_each(tmp_path):
 def test_two_processes_never_train_in_one_folder(resumable, fails):
     lock = lock_run_folder(resumable)
     before = {file: file.read_bytes() for file in resumable.rglob("*") if file.is_file()}
-    how = [f"--trainer.default_root_dir={resumable.parents[1]}", "--trainer.max_steps=6"]
-    said = fails("fit", f"--ckpt_path={resumable}/checkpoints/last.ckpt", *how)
-    assert "another process trains in" in said and "version_0" in said
+    flags = [f"--trainer.default_root_dir={resumable.parents[1]}", "--trainer.max_steps=6"]
+    error = fails("fit", f"--ckpt_path={resumable}/checkpoints/last.ckpt", *flags)
+    assert "another process trains in" in error and "version_0" in error
     assert {file: file.read_bytes() for file in resumable.rglob("*") if file.is_file()} == before
     os.close(lock)
-    main(["fit", f"--ckpt_path={resumable}/checkpoints/last.ckpt", *how])  # whose lock ends with it:
+    main(["fit", f"--ckpt_path={resumable}/checkpoints/last.ckpt", *flags])  # at its end, this run releases its lock:
     os.close(lock_run_folder(resumable))
 
 
-def test_validate_and_a_trial_make_no_folder(ckpt, text_file, tmp_path, monkeypatch):
+def test_validate_and_fast_dev_run_create_no_folder(ckpt, text_file, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     main(["validate", f"--ckpt_path={ckpt}", f"--trainer.default_root_dir={tmp_path}/a"])
     fit("--trainer.fast_dev_run=true", corpus=text_file, root=tmp_path / "b")
     assert not list(tmp_path.iterdir())
 
 
-# board.py, files.py: a disk that is full
+# --- a full disk ------------------------------------------------------------------------------------------------------
 
 
 @contextmanager
 def file_size_limit(size):
-    """No file can be written beyond so many bytes, as if the disk were full."""
+    """No file can grow beyond `size` bytes, as if the disk were full."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
@@ -266,7 +258,7 @@ def file_size_limit(size):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_an_event_file_holds_whole_records_only_and_all_once_there_is_room(tmp_path, capsys):
+def test_an_event_file_holds_complete_records_only_and_catches_up_when_there_is_room(tmp_path, capsys):
     path, records = tmp_path / "events", [bytes([n]) * 100 for n in range(9)]
     path.touch()
     file = BufferedEventFile(str(path), most=450)
@@ -276,11 +268,11 @@ def test_an_event_file_holds_whole_records_only_and_all_once_there_is_room(tmp_p
         for record in records[1:]:
             file.write(record)
         file.flush()
-        assert path.read_bytes() == b"".join(records[:2])  # the third would have been half a record
+        assert path.read_bytes() == b"".join(records[:2])  # the third record does not fit completely
     file.close()
     assert path.read_bytes() == b"".join(records[:6])
-    said = capsys.readouterr().err
-    assert said.count("Training goes on") == 1 and said.count("written again, but 3 records are lost") == 1
+    error = capsys.readouterr().err
+    assert error.count("Training goes on") == 1 and error.count("written again, but 3 records are lost") == 1
     with file_size_limit(650):
         file.write(records[6])
         file.close()
@@ -288,7 +280,7 @@ def test_an_event_file_holds_whole_records_only_and_all_once_there_is_room(tmp_p
 
 
 class FillDisk(L.Callback):
-    """The disk is full from step 4 to step 9."""
+    """Keeps the disk full from step 4 to step 9."""
 
     filler: Path
 
@@ -300,7 +292,7 @@ class FillDisk(L.Callback):
                     while file.write(b"x" * size):
                         pass
         elif trainer.global_step == 5:
-            print("." * 5000, flush=True)  # more than is left of the log's last page
+            print("." * 5000, flush=True)  # more than is left of the log file's last page
             print("." * 5000, file=sys.stderr, flush=True)
         elif trainer.global_step == 9:
             self.filler.unlink()
@@ -308,7 +300,7 @@ class FillDisk(L.Callback):
 
 @pytest.fixture
 def disk(tmp_path):
-    """A disk of 2 MB."""
+    """A disk of 2 MiB."""
     (tmp_path / "disk").mkdir()
     command = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(tmp_path / "disk")]
     if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
@@ -317,14 +309,14 @@ def disk(tmp_path):
     subprocess.run(["umount", str(tmp_path / "disk")], check=True)
 
 
-def test_a_full_disk_ends_no_training_and_costs_no_curve(disk, text_file, monkeypatch):
+def test_a_full_disk_does_not_stop_training_and_loses_no_curve(disk, text_file, monkeypatch):
     monkeypatch.setattr(FillDisk, "filler", disk / "filler", raising=False)
-    how = ["--save_every_n_steps=2", "--trainer.val_check_interval=3", "--trainer.max_steps=12"]
-    how += ["--trainer.log_every_n_steps=1", f"--trainer.callbacks=[{{class_path: {__name__}.FillDisk}}]"]
+    flags = ["--save_every_n_steps=2", "--trainer.val_check_interval=3", "--trainer.max_steps=12"]
+    flags += ["--trainer.log_every_n_steps=1", f"--trainer.callbacks=[{{class_path: {__name__}.FillDisk}}]"]
     with open(disk / "log.txt", "w") as log, monkeypatch.context() as patch:
-        patch.setattr(sys, "stdout", log)  # a log on that disk
+        patch.setattr(sys, "stdout", log)  # the log is on the full disk
         patch.setattr(sys, "stderr", log)
-        fit(*how, corpus=text_file, root=disk / "runs")
+        fit(*flags, corpus=text_file, root=disk / "runs")
     (run,) = disk.glob("runs/tiny/*")
     assert read_checkpoint(run / "checkpoints" / "last.ckpt")["global_step"] == 12
     board = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
@@ -332,45 +324,45 @@ def test_a_full_disk_ends_no_training_and_costs_no_curve(disk, text_file, monkey
     assert "nothing is lost" in (disk / "log.txt").read_text()
 
 
-def test_a_disk_that_takes_nothing_ends_no_training(tmp_path, text_file, capsys):
+def test_a_disk_without_any_room_does_not_stop_training(tmp_path, text_file, capsys):
     with file_size_limit(300), pytest.raises(SystemExit) as stop:
         fit(corpus=text_file, root=tmp_path)
-    said = capsys.readouterr().err
-    assert stop.value.code == 1 and "the training is done, but its last state is not in" in said
-    assert "config.yaml could not be written" in said and "records of the curves are lost" in said
-    assert not list(tmp_path.rglob("config*")) and not list(tmp_path.rglob("hparams.yaml"))  # and not half of one
+    error = capsys.readouterr().err
+    assert stop.value.code == 1 and "the training is done, but its last state is not in" in error
+    assert "config.yaml could not be written" in error and "records of the curves are lost" in error
+    assert not list(tmp_path.rglob("config*")) and not list(tmp_path.rglob("hparams.yaml"))  # not even a part of one
 
 
-def test_output_is_replaced_whole_or_not_at_all(ckpt, tmp_path, capsys):
+def test_output_is_replaced_completely_or_not_at_all(ckpt, tmp_path, capsys):
     file, link = tmp_path / "out.txt", tmp_path / "link.txt"
     file.write_text("what was there")
     file.chmod(0o640)
     link.symlink_to(file)
-    ask = ["generate", f"--ckpt_path={ckpt}", "--max_new_tokens=30", f"--output={link}"]
+    args = ["generate", f"--ckpt_path={ckpt}", "--max_new_tokens=30", f"--output={link}"]
     with file_size_limit(10), pytest.raises(SystemExit) as stop:
-        main(ask)
+        main(args)
     assert stop.value.code == 1 and "untouched" in capsys.readouterr().err
     assert file.read_text() == "what was there" and {f.name for f in tmp_path.iterdir()} == {"out.txt", "link.txt"}
-    main(ask)
+    main(args)
     assert len(file.read_text()) > 30 and link.is_symlink() and file.stat().st_mode & 0o777 == 0o640
-    pipe = tmp_path / "pipe"  # never a device of the machine here: root would replace it, if this were broken
+    pipe = tmp_path / "pipe"  # not a device: if this failed, root would replace it
     os.mkfifo(pipe)
     reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
-    main([*ask[:-1], f"--output={pipe}"])
+    main([*args[:-1], f"--output={pipe}"])
     assert os.read(reader, 1000).decode() == file.read_text() and pipe.is_fifo()
     os.close(reader)
 
 
-def test_memory_that_runs_out_in_a_save_is_said_and_ends_nothing(tmp_path, capfd):
-    saved = PARTS | {"state_dict": {"w": torch.zeros(2**28)}}  # 1 GiB: no free part of the heap is as large
+def test_running_out_of_memory_in_a_save_is_reported_and_stops_nothing(tmp_path, capfd):
+    checkpoint = PARTS | {"state_dict": {"w": torch.zeros(2**28)}}  # 1 GiB: more than is free in the heap
     pid = os.fork()
     if not pid:
         with open("/proc/self/statm") as file:
             size = int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
         io = AsyncCheckpointIO()
-        for spare in 20, 1100:  # for no copy; for the copy and not for the file
+        for spare in 20, 1100:  # too few MiB for the copy; enough for the copy, too few for the file
             resource.setrlimit(resource.RLIMIT_AS, (size + spare * 2**20, resource.RLIM_INFINITY))
-            io.save_checkpoint(saved, tmp_path / f"{spare}.ckpt")
+            io.save_checkpoint(checkpoint, tmp_path / f"{spare}.ckpt")
             io.wait()
         resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         io.save_checkpoint(PARTS | {"state_dict": {"w": torch.zeros(2)}}, tmp_path / "20.ckpt")
@@ -378,15 +370,15 @@ def test_memory_that_runs_out_in_a_save_is_said_and_ends_nothing(tmp_path, capfd
         sys.stderr.flush()
         os._exit(0 if set(io.failed) == {tmp_path / "1100.ckpt"} else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
-    said = capfd.readouterr().err
-    assert "20.ckpt could not be saved at step 1: out of memory" in said and "1100.ckpt could not be saved" in said
+    error = capfd.readouterr().err
+    assert "20.ckpt could not be saved at step 1: out of memory" in error and "1100.ckpt could not be saved" in error
     assert torch.load(tmp_path / "20.ckpt", weights_only=True)["global_step"] == 1
 
 
-# what is printed
+# --- output -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_terminal_that_lacks_a_character_ends_nothing(tmp_path, monkeypatch):
+def test_a_terminal_that_lacks_a_character_stops_nothing(tmp_path, monkeypatch):
     corpus, printed = tmp_path / "emoji.txt", io.BytesIO()
     corpus.write_text("Łódź 🙂 — naïve\n" * 100, encoding="utf-8")
     terminal = io.TextIOWrapper(printed, encoding="latin-1")
@@ -399,58 +391,58 @@ def test_a_terminal_that_lacks_a_character_ends_nothing(tmp_path, monkeypatch):
     assert "\\U0001f642" in text and "Next:" in text
 
 
-def test_no_file_is_read_or_written_in_the_machines_own_encoding():
+def test_no_file_is_read_or_written_in_the_locales_encoding():
     for path in Path(lightning_gpt.__file__).parent.rglob("*.py"):
         for call in filter(lambda node: isinstance(node, ast.Call), ast.walk(ast.parse(path.read_text("utf-8")))):
             name = call.func.attr if isinstance(call.func, ast.Attribute) else getattr(call.func, "id", "")
-            if ast.unparse(call.func) == "read_text":  # of ours, which takes UTF-8 only
+            if ast.unparse(call.func) == "read_text":  # our function, which reads UTF-8 only
                 continue
             of_text = name in ("read_text", "write_text") or name == "open" and isinstance(call.func, ast.Name)
-            told = {arg.value for arg in call.args if isinstance(arg, ast.Constant)} & {"utf-8", "rb", "wb", "ab"}
-            told |= {keyword.arg for keyword in call.keywords} & {"encoding"}
-            assert told or not of_text, f"{path.name}, line {call.lineno}: {ast.unparse(call)}"
+            explicit = {arg.value for arg in call.args if isinstance(arg, ast.Constant)} & {"utf-8", "rb", "wb", "ab"}
+            explicit |= {keyword.arg for keyword in call.keywords} & {"encoding"}
+            assert explicit or not of_text, f"{path.name}, line {call.lineno}: {ast.unparse(call)}"
 
 
-# monitors
+# --- monitors ---------------------------------------------------------------------------------------------------------
 
 
-def test_a_monitor_is_one_of_the_names_that_are_logged(tmp_path, text_file, fails):
+def test_a_monitor_must_be_the_name_of_a_logged_metric(tmp_path, text_file, fails):
     watch = "--trainer.callbacks=[{class_path: lightning.pytorch.callbacks.EarlyStopping, init_args: {monitor: %s}}]"
-    how = [*TINY, f"--data.corpus={text_file}", f"--trainer.default_root_dir={tmp_path}", "--model.optimizer=muon"]
-    said = fails("fit", *how, watch % "val_loss", "--trainer.log_every_n_steps=2")
-    names = said.split("give one of ")[1].split(", ")
-    assert "monitor=val_loss is logged by nobody" in said
-    late = fails("fit", *how, watch % "train/loss", "--trainer.val_check_interval=2")  # after 50 steps
+    flags = [*TINY, f"--data.corpus={text_file}", f"--trainer.default_root_dir={tmp_path}", "--model.optimizer=muon"]
+    error = fails("fit", *flags, watch % "val_loss", "--trainer.log_every_n_steps=2")
+    names = error.split("give one of ")[1].split(", ")
+    assert "monitor=val_loss is logged by nobody" in error
+    late = fails("fit", *flags, watch % "train/loss", "--trainer.val_check_interval=2")  # first logged after 50 steps
     assert "comes after the first validation" in late and "train/lr" not in late.split("give one of ")[1]
     assert not list(tmp_path.iterdir())
-    main(["fit", *how, watch % "val/bpc", "--trainer.log_every_n_steps=2", "--trainer.val_check_interval=2"])
+    main(["fit", *flags, watch % "val/bpc", "--trainer.log_every_n_steps=2", "--trainer.val_check_interval=2"])
     board = EventAccumulator(str(tmp_path / "tiny" / "version_0")).Reload()
     others = ("epoch", "perf/", "samples/", "update_ratio/")
     assert set(names) == {tag for tag in board.Tags()["scalars"] if not tag.startswith(others)}
 
 
-# checkpoint.py
+# --- files ------------------------------------------------------------------------------------------------------------
 
 
-def test_bytes_are_on_the_disk_and_checked_before_they_get_their_name(tmp_path, monkeypatch):
-    did, path, fsync, replace = [], tmp_path / "x.ckpt", os.fsync, os.replace
+def test_a_checkpoint_is_synced_before_it_is_renamed(tmp_path, monkeypatch):
+    events, path, fsync, replace = [], tmp_path / "x.ckpt", os.fsync, os.replace
     sizes = []
 
-    def watched_fsync(fd):
+    def recording_fsync(fd):
         name = Path(os.readlink(f"/proc/self/fd/{fd}"))
-        did.append("folder" if name == tmp_path else name.name)
+        events.append("folder" if name == tmp_path else name.name)
         sizes.append(os.fstat(fd).st_size)
         fsync(fd)
 
-    monkeypatch.setattr(os, "fsync", watched_fsync)
-    monkeypatch.setattr(os, "replace", lambda a, b: (did.append("replace"), replace(a, b)))
+    monkeypatch.setattr(os, "fsync", recording_fsync)
+    monkeypatch.setattr(os, "replace", lambda a, b: (events.append("replace"), replace(a, b)))
     write_checkpoint(PARTS, path)
-    assert did == [f".draft.x.ckpt.{os.getpid()}", "replace", "folder"]
+    assert events == [f".draft.x.ckpt.{os.getpid()}", "replace", "folder"]
     assert sizes[0] == path.stat().st_size
 
 
 @pytest.mark.parametrize("spoil", [lambda data: data[:-1], lambda data: b"?" + data[1:], lambda data: data[:-71]])
-def test_what_does_not_read_back_gets_no_name(tmp_path, monkeypatch, spoil):
+def test_a_checkpoint_that_does_not_read_back_is_not_renamed(tmp_path, monkeypatch, spoil):
     path, read = tmp_path / "x.ckpt", Path.read_bytes
     write_checkpoint(PARTS, path)
     before = path.read_bytes()
@@ -461,18 +453,18 @@ def test_what_does_not_read_back_gets_no_name(tmp_path, monkeypatch, spoil):
     assert path.read_bytes() == before and [file.name for file in tmp_path.iterdir()] == ["x.ckpt"]
 
 
-def test_a_flipped_bit_in_a_checkpoint_of_the_first_format_is_seen(ckpt, tmp_path):
-    path, saved = tmp_path / "x.ckpt", read_checkpoint(ckpt)
-    torch.save({key: value for key, value in saved.items() if key != "format"}, path)
+def test_a_flipped_bit_in_a_checkpoint_of_the_first_format_is_detected(ckpt, tmp_path):
+    path, checkpoint = tmp_path / "x.ckpt", read_checkpoint(ckpt)
+    torch.save({key: value for key, value in checkpoint.items() if key != "format"}, path)
     read_verified(path)
     data = bytearray(path.read_bytes())
-    data[data.index(saved["state_dict"]["net.wte.weight"].numpy().tobytes()) + 200] ^= 1
+    data[data.index(checkpoint["state_dict"]["net.wte.weight"].numpy().tobytes()) + 200] ^= 1
     path.write_bytes(data)
     with pytest.raises(ValueError, match="damaged"):
         read_verified(path)
 
 
-def test_the_newest_good_one_is_good_and_may_be_of_another_run(ckpt, tmp_path, monkeypatch):
+def test_the_suggested_checkpoint_is_the_newest_good_one_of_any_run(ckpt, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for age, name in enumerate(["elsewhere/bad", "checkpoints/a/new", "checkpoints/a/old"]):
         path = tmp_path / f"{name}.ckpt"
@@ -486,7 +478,7 @@ def test_the_newest_good_one_is_good_and_may_be_of_another_run(ckpt, tmp_path, m
         read_checkpoint("elsewhere/bad.ckpt")
 
 
-def test_a_folder_named_best_is_no_checkpoint(ckpt, tmp_path, monkeypatch):
+def test_a_folder_named_best_ckpt_is_ignored(ckpt, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path := tmp_path / "checkpoints").mkdir()
     (tmp_path / "a").mkdir()
@@ -496,15 +488,15 @@ def test_a_folder_named_best_is_no_checkpoint(ckpt, tmp_path, monkeypatch):
     assert find_checkpoint("best") == Path("checkpoints/a/best.ckpt")
 
 
-def test_weights_that_are_no_numbers_are_not_loaded(ckpt, tmp_path):
-    saved = read_checkpoint(ckpt)
-    saved["state_dict"]["net.wte.weight"][0, 0] = math.inf
-    write_checkpoint(saved, tmp_path / "x.ckpt")
+def test_infinite_weights_are_not_loaded(ckpt, tmp_path):
+    checkpoint = read_checkpoint(ckpt)
+    checkpoint["state_dict"]["net.wte.weight"][0, 0] = math.inf
+    write_checkpoint(checkpoint, tmp_path / "x.ckpt")
     with pytest.raises(ValueError, match="no numbers"):
         load_net(tmp_path / "x.ckpt")
 
 
-# settings.py
+# --- settings ---------------------------------------------------------------------------------------------------------
 
 
 class Config(dict):
@@ -512,10 +504,10 @@ class Config(dict):
 
 
 @pytest.mark.parametrize(
-    "path, name, root, goes_on",
+    "path, name, root, resumes",
     [
         ("r/tiny/version_0/checkpoints/last.ckpt", "tiny", "r", True),
-        ("r/tiny/version_0/checkpoints/last.ckpt", "tiny", "checkpoints", True),  # the default, not asked for
+        ("r/tiny/version_0/checkpoints/last.ckpt", "tiny", "checkpoints", True),  # the default root
         ("r/tiny/version_0/checkpoints/last.ckpt", "tiny", "else", False),
         ("r/tiny/version_0/checkpoints/last.ckpt", "other", "r", False),
         ("r/tiny/version_0/checkpoints/best.ckpt", "tiny", "r", False),
@@ -524,26 +516,26 @@ class Config(dict):
         ("r/tiny/version_0b/checkpoints/last.ckpt", "tiny", "r", False),
     ],
 )
-def test_a_run_goes_on_in_its_folder_only_as_what_it_was(path, name, root, goes_on):
+def test_a_run_resumes_in_its_folder_only_if_name_root_and_file_match(path, name, root, resumes):
     config = Config(trainer=Config(default_root_dir=root), name=name, data={"split": (0.8, 0.9)})
-    assert resumes_in_place(config, {"data": {"split": [0.8, 0.9]}}, Path(path)) == goes_on
+    assert resumes_in_place(config, {"data": {"split": [0.8, 0.9]}}, Path(path)) == resumes
 
 
 @pytest.mark.parametrize(
     "flag",
     ["--trainer.max_steps=0", "--trainer.val_check_interval=0.5", "--trainer.accumulate_grad_batches=0", "--name=.."],
 )
-def test_more_bad_settings(tmp_path, fails, text_file, flag):
-    where = [f"--data.corpus={text_file}", f"--trainer.default_root_dir={tmp_path}/a/b"]
-    assert flag.removeprefix("--").split("=")[0] in fails("fit", *TINY, *where, flag)
+def test_invalid_settings_are_refused_before_a_folder_is_created(tmp_path, fails, text_file, flag):
+    paths = [f"--data.corpus={text_file}", f"--trainer.default_root_dir={tmp_path}/a/b"]
+    assert flag.removeprefix("--").split("=")[0] in fails("fit", *TINY, *paths, flag)
     assert not list(tmp_path.iterdir())
 
 
-# training.py
+# --- losses and curves ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("accumulate, bad_from, step", [(1, 3, 3), (2, 5, 3), (2, 6, 3), (4, 9, 3)])
-def test_the_step_of_the_first_bad_loss_is_known_however_late_one_looks(accumulate, bad_from, step):
+def test_the_step_of_the_first_bad_loss_is_known_later(accumulate, bad_from, step):
     lm = LanguageModel(block_size=8, n_layer=0, n_head=1, n_embd=4)
     lm.bad_losses, steps = torch.zeros((), dtype=torch.int64), 5
     reduce = SimpleNamespace(reduce=lambda x, **_: x)
@@ -557,23 +549,23 @@ def test_the_step_of_the_first_bad_loss_is_known_however_late_one_looks(accumula
         lm.check_divergence()
 
 
-def test_a_bad_loss_stops_at_once_on_the_cpu(tmp_path, text_file, capsys):
+def test_a_bad_loss_stops_training_at_once_on_the_cpu(tmp_path, text_file, capsys):
     flags = "--trainer.max_steps 30 --trainer.log_every_n_steps 50 --model.learning_rate 1e30 --model.warmup_steps 0"
-    watch = f"--trainer.callbacks=[{{class_path: {__name__}.Count}}]"
-    Count.batches = 0
+    watch = f"--trainer.callbacks=[{{class_path: {__name__}.CountBatches}}]"
+    CountBatches.batches = 0
     with pytest.raises(SystemExit):
         fit(*flags.split(), watch, corpus=text_file, root=tmp_path)
-    assert "at step 2," in capsys.readouterr().err and Count.batches == 2
+    assert "at step 2," in capsys.readouterr().err and CountBatches.batches == 2
 
 
-class Count(L.Callback):
+class CountBatches(L.Callback):
     batches = 0
 
     def on_train_batch_start(self, *_):
-        Count.batches += 1
+        CountBatches.batches += 1
 
 
-def test_no_validation_no_counters_touched(tmp_path, text_file):
+def test_a_resumed_run_without_validation_logs_every_step(tmp_path, text_file):
     flags = ["--trainer.val_check_interval=4", "--save_every_n_steps=0", "--trainer.log_every_n_steps=1"]
     fit("--trainer.max_steps=4", *flags, "--trainer.limit_val_batches=0", corpus=text_file, root=tmp_path)
     (run,) = tmp_path.glob("tiny/version_*")
@@ -582,29 +574,29 @@ def test_no_validation_no_counters_touched(tmp_path, text_file):
     assert sorted(event.step for event in board.Scalars("train/loss")) == list(range(8))
 
 
-def test_a_curve_that_goes_on_from_an_older_save_has_every_step_once(tmp_path, text_file):
+def test_a_curve_resumed_from_an_older_save_has_every_step_once(tmp_path, text_file):
     with pytest.raises(SystemExit):
         fit(
             "--trainer.log_every_n_steps=1",
             "--save_every_n_steps=4",
             "--trainer.max_steps=9",
-            f"--trainer.callbacks=[{{class_path: {__name__}.Cut}}]",
+            f"--trainer.callbacks=[{{class_path: {__name__}.FailAtStep8}}]",
             corpus=text_file,
             root=tmp_path,
         )
     (run,) = tmp_path.glob("tiny/version_*")
     resume(run, "--trainer.max_steps=9", "--trainer.callbacks=null")
     board = EventAccumulator(str(run), size_guidance={"scalars": 0}).Reload()
-    assert [event.step for event in board.Scalars("train/loss")] == list(range(9))  # and no step twice
+    assert [event.step for event in board.Scalars("train/loss")] == list(range(9))  # every step exactly once
 
 
-class Cut(L.Callback):
+class FailAtStep8(L.Callback):
     def on_train_batch_start(self, trainer, *_):
         if trainer.global_step == 7:
-            raise DivergenceError("and so this step is not saved")
+            raise DivergenceError("this step is not saved")
 
 
-# cli.py
+# --- exit codes -------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -619,7 +611,7 @@ class Cut(L.Callback):
         (BrokenPipeError(), 141, ""),
     ],
 )
-def test_every_end_has_its_exit_code(error, code, message, capfd):
+def test_every_error_has_its_exit_code(error, code, message, capfd):
     if isinstance(error, DivergenceError):
         error.add_note("Go back")
 
@@ -632,18 +624,18 @@ def test_every_end_has_its_exit_code(error, code, message, capfd):
     assert stop.value.code == code and message in capfd.readouterr().err
 
 
-def test_ngrams_dropout_is_for_whole_tokens_in_training_only(idx):
+def test_ngram_dropout_drops_complete_tokens_and_in_training_only(idx):
     torch.manual_seed(0)
-    how = dict(dropout=0.0, ngram_max=3, ngram_buckets=50, ngram_dropout=0.4)
-    net = GPT(GPTConfig(V, T, n_layer=0, n_head=1, n_embd=16, **how)).double()
+    config = dict(dropout=0.0, ngram_max=3, ngram_buckets=50, ngram_dropout=0.4)
+    net = GPT(GPTConfig(V, T, n_layer=0, n_head=1, n_embd=16, **config)).double()
     idx = idx.repeat(300, 1)
     plain = net.wte(idx) + net.wpe.weight
     grams = net.ngram_embeddings(idx)
     for training in True, False:
-        share = (net.train(training).features(idx) - plain) / grams  # (B, T, C): one number for all channels
-        kept = share[..., :1] * torch.ones(16)
-        torch.testing.assert_close(share, kept, rtol=0, atol=1e-6)
-        values = share[..., 0]
+        ratio = (net.train(training).features(idx) - plain) / grams  # (B, T, C), the same for all channels
+        kept = ratio[..., :1] * torch.ones(16)
+        torch.testing.assert_close(ratio, kept, rtol=0, atol=1e-6)
+        values = ratio[..., 0]
         if training:
             assert {0.0, round(1 / 0.6, 4)} == {round(v, 4) + 0.0 for v in values.flatten().tolist()}
             assert (values == 0).double().mean().item() == pytest.approx(0.4, abs=0.03)
@@ -652,27 +644,27 @@ def test_ngrams_dropout_is_for_whole_tokens_in_training_only(idx):
             torch.testing.assert_close(values, torch.ones_like(values), rtol=0, atol=1e-9)
 
 
-def test_the_seal_is_the_archives_comment(tmp_path):
+def test_the_checksum_is_the_archives_comment(tmp_path):
     write_checkpoint(PARTS, tmp_path / "x.ckpt")
     with zipfile.ZipFile(tmp_path / "x.ckpt") as archive:
         assert archive.comment == (tmp_path / "x.ckpt").read_bytes()[-71:]
 
 
-def test_a_sanity_check_is_no_validation(tmp_path, text_file):
+def test_a_sanity_check_does_not_count_as_a_validation(tmp_path, text_file):
     before = signal.getsignal(signal.SIGINT)
     fit("--trainer.num_sanity_val_steps=2", "--trainer.limit_val_batches=2", corpus=text_file, root=tmp_path)
     assert list(tmp_path.rglob("best.ckpt")) and signal.getsignal(signal.SIGINT) == before
 
 
-class Steps(L.Callback):
+class RecordSteps(L.Callback):
     seen: list = []
 
     def on_step_done(self, trainer):
         self.seen.append((trainer.global_step, trainer.fit_loop.total_batch_idx + 1))
 
 
-def test_a_step_is_done_after_its_last_batch_only(tmp_path, text_file, monkeypatch):
-    monkeypatch.setattr(Steps, "seen", [])
-    how = ["--trainer.accumulate_grad_batches=3", "--trainer.val_check_interval=4", "--trainer.max_steps=5"]
-    fit(*how, f"--trainer.callbacks=[{{class_path: {__name__}.Steps}}]", corpus=text_file, root=tmp_path)
-    assert Steps.seen == [(step, 3 * step) for step in range(1, 5)]
+def test_on_step_done_is_called_after_the_last_batch_of_a_step(tmp_path, text_file, monkeypatch):
+    monkeypatch.setattr(RecordSteps, "seen", [])
+    flags = ["--trainer.accumulate_grad_batches=3", "--trainer.val_check_interval=4", "--trainer.max_steps=5"]
+    fit(*flags, f"--trainer.callbacks=[{{class_path: {__name__}.RecordSteps}}]", corpus=text_file, root=tmp_path)
+    assert RecordSteps.seen == [(step, 3 * step) for step in range(1, 5)]
