@@ -296,7 +296,7 @@ def test_a_pipe_named_by_the_checkpoint_is_not_read(checkpoint, tmp_path, fails)
 
 def test_token_files_with_another_vocabulary_size_are_refused(token_files):
     kwargs = dict(token_files=token_files, block_size=4, tokenizer="char", vocabulary="aab")
-    with pytest.raises(ValueError, match="data.vocab_size=300, and data.vocabulary has 2 tokens"):
+    with pytest.raises(ValueError, match="data.vocab_size=300 must be 2, the number of tokens"):
         TextDataModule(**kwargs, vocab_size=300)
 
 
