@@ -15,7 +15,7 @@ from conftest import MODERN, TINY, T, V, loud
 from lightning_gpt.checkpoint.convert import read_hf_tokenizer
 from lightning_gpt.checkpoint.io import load_net, read_checkpoint, write_checkpoint
 from lightning_gpt.cli.main import main
-from lightning_gpt.data.tokenizers import BPETokenizer, ByteTokenizer, CharTokenizer, TokenIds, tokenizer_state
+from lightning_gpt.data.tokenizers import BPETokenizer, ByteTokenizer, CharTokenizer, TokenIds
 from lightning_gpt.model.gpt import GPT, GPTConfig
 
 SIZES = dict(n_layer=3, n_head=2, n_embd=16, dropout=0.1)
@@ -40,7 +40,7 @@ def save_net(path, tokenizer, **overrides):
     net = loud(GPT(GPTConfig(len(tokenizer), T, **SIZES | overrides))).float()
     checkpoint = {
         "hyper_parameters": net.config.__dict__ | {"seed": 1},
-        "datamodule_hyper_parameters": tokenizer_state(tokenizer),
+        "datamodule_hyper_parameters": tokenizer.state(),
     }
     checkpoint["pytorch-lightning_version"] = "2.6.6"
     write_checkpoint(checkpoint | {"state_dict": {f"net.{k}": w for k, w in net.state_dict().items()}}, path)

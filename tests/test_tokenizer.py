@@ -23,7 +23,6 @@ from lightning_gpt.data.tokenizers import (
     build_from_state,
     cut_at_spaces,
     split_words,
-    tokenizer_state,
 )
 
 WORDS = "the cat sat on a mat, who's there? naïve café\n日本語 the then there\n\nquiz  42 "
@@ -165,7 +164,7 @@ def test_merges_depend_on_the_text_alone():
     [CharTokenizer("hello wrd"), CharTokenizer("helo", "replace"), CharTokenizer("helo", "drop"), *TOKENIZERS],
 )
 def test_a_tokenizer_is_rebuilt_from_plain_data(tokenizer):
-    plain = json.loads(json.dumps(tokenizer_state(tokenizer)))
+    plain = json.loads(json.dumps(tokenizer.state()))
     again = build_from_state(plain, len(tokenizer))
     assert torch.equal(again.encode("hello"), tokenizer.encode("hello")) and len(again) == len(tokenizer)
     assert type(again) is type(tokenizer)

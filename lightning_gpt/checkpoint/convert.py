@@ -20,7 +20,6 @@ import torch
 from torch import Tensor
 
 from ..data.tokenizers import (
-    TOKENIZER_TYPES,
     BPETokenizer,
     ByteTokenizer,
     CharTokenizer,
@@ -29,7 +28,6 @@ from ..data.tokenizers import (
     Tokenizer,
     build_from_state,
     byte_symbols,
-    tokenizer_state,
 )
 from ..errors import import_optional, print_info, program_name
 from ..model.gpt import GPT, GPTConfig
@@ -114,13 +112,13 @@ def import_weights(
         raise ValueError(f"{source} is not what it says of itself: {error}") from None
     known = build_from_state(words, config.vocab_size)
     saved["state_dict"] = {name: w.float() for name, w in saved["state_dict"].items()}
-    saved["datamodule_hyper_parameters"] = tokenizer_state(known)
+    saved["datamodule_hyper_parameters"] = known.state()
     write_checkpoint(saved, output)
     tied = config.tie_embeddings
     size = sum(w.numel() for name, w in weights.items() if not (tied and name == "lm_head.weight")) / 1e6
     text = "--data.token_files train.bin,val.bin" if isinstance(known, TokenIds) else "--data.corpus my_text.txt"
     print(
-        f"{size:.2f}M parameters, {config.vocab_size:,} token ids ({TOKENIZER_TYPES[type(known)]}), in {output}\n\n"
+        f"{size:.2f}M parameters, {config.vocab_size:,} token ids ({known.name}), in {output}\n\n"
         "Next:\n"
         f"  {program_name()} generate --ckpt_path {output}\n"
         f"  {program_name()} fit --config finetune --model.init_from {output} {text}"
@@ -327,7 +325,7 @@ def export(to: Literal["safetensors", "hf", "onnx"], ckpt_path: str = "best", ou
     for file in path / "model.safetensors" if to == "hf" else path, path.with_name(f"{path.name}.data"):
         check_regular_file(file)
     path.parent.mkdir(parents=True, exist_ok=True)
-    told = json.dumps({"model": asdict(net.config), "data": tokenizer_state(tokenizer)})
+    told = json.dumps({"model": asdict(net.config), "data": tokenizer.state()})
     if to == "safetensors":
         write_safetensors(net.state_dict(), net.config.tie_embeddings, path, {"lightning_gpt": told})
     elif to == "hf":
@@ -375,7 +373,7 @@ def write_hugging_face(net: GPT, tokenizer: Tokenizer, folder: Path) -> None:
     settings |= {"embd_pdrop": config.dropout, "attn_pdrop": config.dropout, "activation_function": activation}
     end = 50256 if isinstance(tokenizer, GPT2Tokenizer) else None
     settings |= {"model_type": "gpt2", "architectures": ["GPT2LMHeadModel"], "bos_token_id": end, "eos_token_id": end}
-    settings |= {"dtype": "float32", "lightning_gpt": tokenizer_state(tokenizer)}
+    settings |= {"dtype": "float32", "lightning_gpt": tokenizer.state()}
     folder.mkdir(parents=True, exist_ok=True)
     write_safetensors(weights, config.tie_embeddings, folder / "model.safetensors", {})
     (folder / "config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")

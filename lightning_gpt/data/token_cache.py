@@ -83,7 +83,7 @@ def cached_tokens(
             return islice(slice_text(text(), 0, n), 0, None, step)
 
         tokenizer = build_tokenizer(kind, text, training_text, vocabulary, on_unknown, size)
-        resolved, policy = "".join(tokenizer.vocabulary), getattr(tokenizer, "on_unknown", on_unknown)
+        resolved, policy = "".join(tokenizer.vocabulary), tokenizer.on_unknown if kind == "char" else on_unknown
         target = meta_path(resolved, policy, len(tokenizer)).with_suffix(".tokens")
         dtype = np.dtype(np.uint8 if len(tokenizer) <= 2**8 else np.uint16 if len(tokenizer) <= 2**16 else np.uint32)
         tmp, counts = target.with_suffix(f".{os.getpid()}"), []

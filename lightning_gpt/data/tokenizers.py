@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import chain
 from threading import Event, Thread
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -51,7 +51,62 @@ def _code_points(text: str) -> Tensor:
     return torch.frombuffer(data, dtype=torch.int32) if text else torch.empty(0).int()
 
 
-class CharTokenizer:
+class Tokenizer:
+    """The base of all tokenizers, whose ids stand for bytes.
+
+    Attributes:
+        name: the value of `data.tokenizer`.
+        vocabulary: what a checkpoint needs to rebuild it: characters or merges.
+        size: vocabulary size.
+    """
+
+    name: str
+    vocabulary: str | tuple[str, ...] = ""
+    on_unknown = "error"
+    size: int
+
+    def __len__(self) -> int:
+        return self.size
+
+    @classmethod
+    def from_state(cls, state: dict, size: int | None) -> "Tokenizer":
+        """Rebuilds a tokenizer from `state()`, with `size` ids."""
+        return cls(size)  # type: ignore[call-arg]
+
+    def state(self) -> dict[str, Any]:
+        """Returns the settings of `TextDataModule` that describe it, as plain values."""
+        vocabulary = "".join(self.vocabulary) if self.name in ("char", "bpe") else None
+        size = None if self.name == "char" else len(self)
+        return {"tokenizer": self.name, "vocabulary": vocabulary, "on_unknown": self.on_unknown, "vocab_size": size}
+
+    @cached_property
+    def pieces(self) -> list[bytes]:
+        """The bytes of each id in use."""
+        raise NotImplementedError
+
+    @property
+    def chars_per_token(self) -> Tensor | None:
+        """How many characters begin in each id's bytes, (size,), int64; None if unknown."""
+        counts = [sum(byte & 0xC0 != 0x80 for byte in piece) for piece in self.pieces]
+        return torch.tensor(counts + [0] * (self.size - len(counts)))
+
+    def unknown(self, text: str) -> str:
+        """Returns the parts of `text` that have no id."""
+        return ""
+
+    def encode(self, text: str) -> Tensor:
+        """Returns token ids (T,), int64."""
+        raise NotImplementedError
+
+    def decode(self, ids: Tensor) -> str:
+        return self.decode_bytes(ids.flatten().tolist()).decode(errors="replace")
+
+    def decode_bytes(self, ids: Sequence[int]) -> bytes:
+        """Returns the text's UTF-8; an unused id becomes an invalid byte, which decodes to U+FFFD."""
+        return b"".join(self.pieces[i] if i < len(self.pieces) else b"\xff" for i in ids)
+
+
+class CharTokenizer(Tokenizer):
     """One token per character; a character's id is its index in `vocabulary`.
 
     Args:
@@ -59,15 +114,20 @@ class CharTokenizer:
         on_unknown: error raises an error for other characters, drop removes them, replace encodes them as U+FFFD.
     """
 
+    name = "char"
+    vocabulary: str
+
     def __init__(self, vocabulary: str, on_unknown: str = "error"):
         self.on_unknown = on_unknown
         self.vocabulary = "".join(dict.fromkeys(vocabulary + (REPLACEMENT if on_unknown == "replace" else "")))
         codes = _code_points(self.vocabulary).long()
         self._id_of = torch.full((max(codes.tolist(), default=0) + 2,), -1)  # the last entry: larger code points
         self._id_of[codes] = torch.arange(len(codes))
+        self.size = len(self.vocabulary)
 
-    def __len__(self) -> int:
-        return len(self.vocabulary)
+    @classmethod
+    def from_state(cls, state: dict, size: int | None) -> Tokenizer:
+        return cls(state["vocabulary"], state.get("on_unknown") or "error")
 
     @property
     def chars_per_token(self) -> Tensor:
@@ -104,55 +164,28 @@ class CharTokenizer:
         return "".join(self.vocabulary[i] for i in ids).encode(errors="replace")
 
 
-def _join_bytes(pieces: list[bytes], ids: Sequence[int]) -> bytes:
-    """Joins the bytes of ids; an id beyond `pieces` becomes an invalid byte, which decodes to U+FFFD."""
-    return b"".join(pieces[i] if i < len(pieces) else b"\xff" for i in ids)
-
-
-def _chars_per_token(pieces: list[bytes], size: int) -> Tensor:
-    """Returns how many characters begin in each id's bytes, (size,)."""
-    counts = [sum(byte & 0xC0 != 0x80 for byte in piece) for piece in pieces]
-    return torch.tensor(counts + [0] * (size - len(counts)))
-
-
 def _resolve_size(size: int | None, needed: int, name: str) -> int:
     if size is not None and size < needed:
         raise ValueError(f"vocab_size={size} is less than the {needed:,} ids of {name}")
     return size or needed
 
 
-class ByteTokenizer:
+class ByteTokenizer(Tokenizer):
     """One token per byte of the text in UTF-8.
 
     Args:
         size: vocabulary size; None is 256, a larger number adds unused ids.
     """
 
-    PIECES = [bytes([byte]) for byte in range(256)]
-    vocabulary = ""  # a checkpoint needs none
+    name = "byte"
+    pieces = [bytes([byte]) for byte in range(256)]  # type: ignore[assignment]
 
     def __init__(self, size: int | None = None):
         self.size = _resolve_size(size, 256, "bytes")
 
-    def __len__(self) -> int:
-        return self.size
-
-    @property
-    def chars_per_token(self) -> Tensor:
-        return _chars_per_token(self.PIECES, self.size)
-
-    def unknown(self, text: str) -> str:
-        return ""
-
     def encode(self, text: str) -> Tensor:
         """Returns token ids, int64, one per byte of the text."""
         return torch.from_numpy(np.frombuffer(text.encode(), dtype=np.uint8).astype(np.int64))
-
-    def decode(self, ids: Tensor) -> str:
-        return self.decode_bytes(ids.flatten().tolist()).decode(errors="replace")
-
-    def decode_bytes(self, ids: Sequence[int]) -> bytes:
-        return _join_bytes(self.PIECES, ids)
 
 
 def long_word_pattern() -> re.Pattern[str]:
@@ -206,7 +239,7 @@ def byte_symbols() -> dict[int, str]:
     return {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}
 
 
-class BPETokenizer:
+class BPETokenizer(Tokenizer):
     """Byte-level byte pair encoding (GPT-2, section 2.2): frequent pairs of tokens are merged into one token.
 
     Ids are numbered as in GPT-2: 256 bytes, then one id per merge. `encode` and `merges_of` need the `tokenizers`
@@ -218,6 +251,9 @@ class BPETokenizer:
     Raises:
         ValueError: a line is not a pair of tokens that are bytes or made by earlier lines.
     """
+
+    name = "bpe"
+    vocabulary: str
 
     def __init__(self, merges: str, size: int | None = None):
         self.vocabulary, self.pairs = merges, [tuple(line.split(" ")) for line in merges.split("\n") if line]
@@ -260,12 +296,9 @@ class BPETokenizer:
         run_in_thread(lambda: engine.train_from_iterator(sequences(), trainer))
         return "\n".join(" ".join(pair) for pair in json.loads(engine.to_str())["model"]["merges"])
 
-    def __len__(self) -> int:
-        return self.size
-
-    @property
-    def chars_per_token(self) -> Tensor:
-        return _chars_per_token(self.pieces, self.size)
+    @classmethod
+    def from_state(cls, state: dict, size: int | None) -> Tokenizer:
+        return cls(state["vocabulary"], size)
 
     @cached_property
     def engine(self):
@@ -280,11 +313,7 @@ class BPETokenizer:
         engine.decoder = lib.decoders.ByteLevel()
         return engine
 
-    def unknown(self, text: str) -> str:
-        return ""
-
     def encode(self, text: str) -> Tensor:
-        """Returns token ids (T,), int64."""
         words = split_words(text)
         if len(self.ids_of) > 2**20:
             self.ids_of.clear()
@@ -300,27 +329,18 @@ class BPETokenizer:
                 del self.ids_of[word]
         return torch.from_numpy(ids)
 
-    def decode(self, ids: Tensor) -> str:
-        return self.decode_bytes(ids.flatten().tolist()).decode(errors="replace")
 
-    def decode_bytes(self, ids: Sequence[int]) -> bytes:
-        return _join_bytes(self.pieces, ids)
-
-
-class GPT2Tokenizer:
+class GPT2Tokenizer(Tokenizer):
     """GPT-2's BPE with 50,257 tokens, from the `tiktoken` library, which downloads the vocabulary on first use.
 
     Args:
         size: vocabulary size; None is 50,257, a larger number adds unused ids.
     """
 
-    vocabulary = ""  # a checkpoint needs none
+    name = "gpt2"
 
     def __init__(self, size: int | None = None):
         self.size = _resolve_size(size, 50257, "GPT-2's tokens")
-
-    def __len__(self) -> int:
-        return self.size
 
     @cached_property
     def engine(self):
@@ -345,35 +365,25 @@ class GPT2Tokenizer:
 
     @property
     def chars_per_token(self) -> Tensor:
-        return _chars_per_token(self.pieces[:-1], self.size)  # without <|endoftext|>, which is not part of a text
-
-    def unknown(self, text: str) -> str:
-        return ""
+        counts = cast(Tensor, super().chars_per_token)
+        counts[self.engine.eot_token] = 0  # <|endoftext|> is not part of a text
+        return counts
 
     def encode(self, text: str) -> Tensor:
-        """Returns token ids (T,), int64."""
         pieces = list(cut_at_spaces([text], 2**16))
         ids = self.engine.encode_ordinary_batch(pieces, num_threads=os.cpu_count() or 1)
         return torch.tensor([i for piece in ids for i in piece], dtype=torch.int64)
 
-    def decode(self, ids: Tensor) -> str:
-        return self.decode_bytes(ids.flatten().tolist()).decode(errors="replace")
 
-    def decode_bytes(self, ids: Sequence[int]) -> bytes:
-        return _join_bytes(self.pieces, ids)
-
-
-class TokenIds:
+class TokenIds(Tokenizer):
     """Text is ids written as numbers, "464 3290 "; for token files whose tokenizer is not known."""
 
+    name = "ids"
     vocabulary = ("0",)  # the default prompt
-    chars_per_token = None  # unknown
+    chars_per_token = None
 
-    def __init__(self, size: int):
-        self.size = size
-
-    def __len__(self) -> int:
-        return self.size
+    def __init__(self, size: int | None):
+        self.size = size or 1
 
     def unknown(self, text: str) -> str:
         """Returns the words of `text` that are not ids, or `text` if it has no words."""
@@ -392,14 +402,13 @@ class TokenIds:
             )
         return torch.tensor([int(word) for word in text.split()])
 
-    def decode(self, ids: Tensor) -> str:
-        return self.decode_bytes(ids.flatten().tolist()).decode()
-
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
         return "".join(f"{i} " for i in ids).encode()
 
 
-Tokenizer = CharTokenizer | ByteTokenizer | BPETokenizer | GPT2Tokenizer | TokenIds
+TOKENIZER_TYPES: dict[str, type[Tokenizer]] = {
+    cls.name: cls for cls in (CharTokenizer, ByteTokenizer, BPETokenizer, GPT2Tokenizer, TokenIds)
+}
 
 
 def build_from_state(state: dict, size: int | None) -> Tokenizer:
@@ -411,16 +420,10 @@ def build_from_state(state: dict, size: int | None) -> Tokenizer:
     Raises:
         ValueError: there is no such tokenizer, or its vocabulary is invalid or larger than `size`.
     """
-    kind = state.get("tokenizer") or ("ids" if state.get("token_files") else "char")
-    if kind == "char":
-        return CharTokenizer(state["vocabulary"], state.get("on_unknown") or "error")
-    if kind == "bpe":
-        return BPETokenizer(state["vocabulary"], size)
-    if kind == "ids":
-        return TokenIds(size or 1)
-    if kind not in ("byte", "gpt2"):
-        raise ValueError(f"there is no tokenizer {kind!r}: use char, byte, bpe or gpt2")
-    return ByteTokenizer(size) if kind == "byte" else GPT2Tokenizer(size)
+    name = state.get("tokenizer") or ("ids" if state.get("token_files") else "char")
+    if name not in TOKENIZER_TYPES:
+        raise ValueError(f"there is no tokenizer {name!r}: use char, byte, bpe or gpt2")
+    return TOKENIZER_TYPES[name].from_state(state, size)
 
 
 DEFAULT_BPE_SIZE = 512  # vocabulary size
@@ -480,23 +483,3 @@ def build_tokenizer(
 def smallest_dtype(vocab_size: int) -> torch.dtype:
     """Returns the smallest integer type that holds all token ids."""
     return torch.uint8 if vocab_size <= 2**8 else torch.int16 if vocab_size <= 2**15 else torch.int32
-
-
-TOKENIZER_TYPES = {
-    CharTokenizer: "char",
-    ByteTokenizer: "byte",
-    BPETokenizer: "bpe",
-    GPT2Tokenizer: "gpt2",
-    TokenIds: "ids",
-}
-
-
-def tokenizer_state(tokenizer: Tokenizer) -> dict[str, Any]:
-    """Returns plain values from which `build_from_state` rebuilds the tokenizer."""
-    kind = TOKENIZER_TYPES[type(tokenizer)]
-    return {
-        "tokenizer": kind,
-        "vocabulary": "".join(tokenizer.vocabulary) if kind in ("char", "bpe") else None,
-        "on_unknown": getattr(tokenizer, "on_unknown", "error"),
-        "vocab_size": None if kind == "char" else len(tokenizer),
-    }
