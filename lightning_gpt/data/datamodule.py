@@ -16,7 +16,7 @@ from ..errors import print_info
 from .augment import NameAugmenter
 from .corpus import TINY_SHAKESPEARE, find_files, read_files, report_changes
 from .token_cache import CACHE_FROM_BYTES, cached_tokens
-from .tokenizers import Tokenizer, build_from_state, build_tokenizer, smallest_dtype
+from .tokenizers import Tokenizer, TokenizerSettings, build_from_state, build_tokenizer, smallest_dtype
 from .windows import RandomWindows, SequentialWindows, derive_seed, open_token_file
 
 
@@ -30,65 +30,47 @@ class Corpus(NamedTuple):
     length: int | None  # characters of the text; None for token files
 
 
-def load_token_files(
-    token_files: str,
-    tokenizer: str | None,
-    vocabulary: str | None,
-    on_unknown: str,
-    vocab_size: int | None,
-    token_dtype: str,
-) -> Corpus:
+def load_token_files(token_files: str, token_dtype: str, settings: TokenizerSettings) -> Corpus:
     """Memory-maps a training and a validation file of token ids; see `TextDataModule` for the arguments.
 
     Raises:
         ValueError: the files do not match the vocabulary. OSError: a file can't be read.
     """
-    if tokenizer in ("char", "bpe") and vocabulary is None:
-        raise ValueError(f"data.tokenizer={tokenizer} for token files needs data.vocabulary, with which they were made")
-    files, size = [file.strip() for file in token_files.split(",")], vocab_size
-    if size is None and tokenizer == "gpt2":
-        size = 50257
+    name, files = settings.tokenizer, [file.strip() for file in token_files.split(",")]
+    if name in ("char", "bpe") and settings.vocabulary is None:
+        raise ValueError(f"data.tokenizer={name} for token files needs data.vocabulary, with which they were made")
+    size = 50257 if settings.vocab_size is None and name == "gpt2" else settings.vocab_size
     if len(files) != 2 or not size:
         raise ValueError(
             f"data.token_files={','.join(files)} with data.vocab_size={size}: give a training and a "
             "validation file (train.bin,val.bin), and their vocabulary size (50257 for GPT-2's)"
         )
     train_tokens, val_tokens = (open_token_file(file, token_dtype, size) for file in files)
-    state = {"tokenizer": tokenizer or "ids", "vocabulary": vocabulary, "on_unknown": on_unknown}
-    built = build_from_state(state, size)
+    built = build_from_state(settings._asdict(), size)
     if len(built) != size:
         raise ValueError(f"data.vocab_size={size} must be {len(built)}, the number of tokens in data.vocabulary")
     return Corpus(built, train_tokens, val_tokens, train_tokens, None)
 
 
 def load_corpus(
-    corpus: str | None,
-    split: tuple[float, float],
-    name_augmentation: int,
-    seed: int,
-    vocabulary: str | None,
-    tokenizer: str | None,
-    on_unknown: str,
-    vocab_size: int | None,
+    corpus: str | None, split: tuple[float, float], name_augmentation: int, seed: int, settings: TokenizerSettings
 ) -> Corpus:
     """Reads, splits and encodes text files; see `TextDataModule` for the arguments (`split` is a pair here).
 
     Raises:
         ValueError: the text is empty, not UTF-8 or has unknown characters. OSError: a file can't be read.
     """
-    if tokenizer == "ids":
+    if settings.tokenizer == "ids":
         raise ValueError("data.tokenizer=ids needs token files: add data.token_files=train.bin,val.bin")
 
     def bounds(length: int) -> tuple[int, int]:
         return int(split[0] * length), int(split[1] * length)
 
-    kind, files = tokenizer or "char", [TINY_SHAKESPEARE] if corpus is None else find_files(corpus)
-    keep_returns = "\r" in (vocabulary or "")  # only a vocabulary of characters can have one
+    files = [TINY_SHAKESPEARE] if corpus is None else find_files(corpus)
+    keep_returns = "\r" in (settings.vocabulary or "")  # only a vocabulary of characters can have one
     large = sum(file.stat().st_size for file in files) >= CACHE_FROM_BYTES
     if large:
-        built, train_tokens, val_tokens, length = cached_tokens(
-            files, bounds, kind, vocabulary, on_unknown, vocab_size, keep_returns
-        )
+        built, train_tokens, val_tokens, length = cached_tokens(files, bounds, settings, keep_returns)
         if name_augmentation:
             print_info(f"data.name_augmentation={name_augmentation} is for small texts; this one is not augmented")
     else:
@@ -96,7 +78,7 @@ def load_corpus(
         text = "".join(read_files(files, keep_returns, notes))
         report_changes(notes)
         length, (n, stop) = len(text), bounds(len(text))
-        built = build_tokenizer(kind, lambda: [text], lambda: [text[:n]], vocabulary, on_unknown, vocab_size)
+        built = build_tokenizer(settings, lambda: [text], lambda: [text[:n]])
         dtype = smallest_dtype(len(built))
         train_tokens, val_tokens = (
             built.encode(part).to(dtype) if part else torch.empty(0, dtype=dtype) for part in (text[:n], text[n:stop])
@@ -174,12 +156,12 @@ class TextDataModule(L.LightningDataModule):
             raise ValueError(
                 f"data.token_files={token_files} and data.corpus={corpus} are two texts: set one of them to null"
             )
+        name = tokenizer or ("ids" if token_files else "char")
+        settings = TokenizerSettings(name, vocabulary, on_unknown, vocab_size)
         if token_files:
-            loaded = load_token_files(token_files, tokenizer, vocabulary, on_unknown, vocab_size, token_dtype)
+            loaded = load_token_files(token_files, token_dtype, settings)
         else:
-            loaded = load_corpus(
-                corpus, (start, end), name_augmentation, seed, vocabulary, tokenizer, on_unknown, vocab_size
-            )
+            loaded = load_corpus(corpus, (start, end), name_augmentation, seed, settings)
         self.tokenizer, self.train_tokens, self.val_tokens, self.text_tokens, length = loaded
         vocab_size = self.vocab_size = len(self.tokenizer)
         # the hyper-parameters go into every checkpoint and have to describe the tokenizer

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from ..errors import print_info
 from .corpus import READ_BYTES, read_files, report_changes, slice_text
-from .tokenizers import Tokenizer, build_from_state, build_tokenizer, cut_at_spaces
+from .tokenizers import Tokenizer, TokenizerSettings, build_from_state, build_tokenizer, cut_at_spaces
 
 CACHE_FROM_BYTES = 2**24  # size of the smallest text whose tokens are cached
 BPE_SAMPLE_CHARS = 2**25  # characters to train BPE on; of a longer training split every k-th piece is used
@@ -36,14 +36,42 @@ def cache_dir() -> Path:
     return folder
 
 
+def write_tokens(
+    tokenizer: Tokenizer, parts: list[Iterator[str]], dtype: np.dtype, length: int, path: Path
+) -> list[int]:
+    """Encodes texts one after the other into one file, which appears when it is complete.
+
+    Args:
+        length: characters of all parts, for the progress bar.
+    Returns:
+        the number of tokens of each part.
+    Raises:
+        OSError: the disk is full; the message names a remedy.
+    """
+    tmp, counts = path.with_suffix(f".{os.getpid()}"), []
+    try:
+        with open(tmp, "wb") as out, tqdm(total=length, unit="char", unit_scale=True, disable=None) as bar:
+            for part in parts:
+                before = out.tell()
+                for piece in cut_at_spaces(part, READ_BYTES // 2):
+                    out.write(tokenizer.encode(piece).numpy().astype(dtype).data)
+                    bar.update(len(piece))
+                counts.append((out.tell() - before) // dtype.itemsize)
+        os.replace(tmp, path)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise OSError(
+            f"the tokens can't be written to {path.parent} ({error.strerror}): make room, or set XDG_CACHE_HOME to a "
+            "folder with enough space"
+        ) from None
+    finally:
+        tmp.unlink(missing_ok=True)
+    return counts
+
+
 def cached_tokens(
-    files: list[Path],
-    bounds: Callable[[int], tuple[int, int]],
-    kind: str,
-    vocabulary: str | None,
-    on_unknown: str,
-    size: int | None,
-    keep_returns: bool,
+    files: list[Path], bounds: Callable[[int], tuple[int, int]], settings: TokenizerSettings, keep_returns: bool
 ) -> tuple[Tokenizer, Tensor, Tensor, int]:
     """Returns the tokenizer of a large text, its memory-mapped training and validation tokens, and its length.
 
@@ -58,13 +86,13 @@ def cached_tokens(
     # cp -p and rsync set the modification time (mtime) to that of the source; ctime can't be set
     identity = [(str(file.resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns) for file, stat in stats]
 
-    def meta_path(vocabulary: str | None, on_unknown: str, size: int | None) -> Path:
-        key = json.dumps([2, identity, bounds(10**12), kind, vocabulary, on_unknown, size, keep_returns])
+    def meta_path(request: TokenizerSettings) -> Path:
+        key = json.dumps([3, identity, bounds(10**12), *request, keep_returns])
         return folder / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
 
     with FileLock(folder / "lock"):  # so that other processes wait and do not repeat the work
         with suppress(OSError, ValueError, KeyError):
-            meta = json.loads(meta_path(vocabulary, on_unknown, size).read_text(encoding="utf-8"))
+            meta = json.loads(meta_path(settings).read_text(encoding="utf-8"))
             if (folder / meta["file"]).stat().st_size == meta["bytes"]:
                 return open_cache(folder, meta)
         megabytes = sum(stat.st_size for _, stat in stats) / 1e6
@@ -77,40 +105,18 @@ def cached_tokens(
         length = sum(map(len, text()))
         report_changes(notes)
         n, stop = bounds(length)
-        step = math.ceil(n / BPE_SAMPLE_CHARS) if kind == "bpe" else 1
-
-        def training_text() -> Iterator[str]:
-            return islice(slice_text(text(), 0, n), 0, None, step)
-
-        tokenizer = build_tokenizer(kind, text, training_text, vocabulary, on_unknown, size)
-        resolved, policy = "".join(tokenizer.vocabulary), tokenizer.on_unknown if kind == "char" else on_unknown
-        target = meta_path(resolved, policy, len(tokenizer)).with_suffix(".tokens")
+        step = math.ceil(n / BPE_SAMPLE_CHARS) if settings.tokenizer == "bpe" else 1
+        tokenizer = build_tokenizer(settings, text, lambda: islice(slice_text(text(), 0, n), 0, None, step))
+        on_unknown = tokenizer.on_unknown if settings.tokenizer == "char" else settings.on_unknown
+        built = settings._replace(vocabulary="".join(tokenizer.vocabulary), on_unknown=on_unknown)
+        from_checkpoint = built._replace(vocab_size=len(tokenizer))
+        target = meta_path(from_checkpoint).with_suffix(".tokens")
         dtype = np.dtype(np.uint8 if len(tokenizer) <= 2**8 else np.uint16 if len(tokenizer) <= 2**16 else np.uint32)
-        tmp, counts = target.with_suffix(f".{os.getpid()}"), []
-        try:
-            with open(tmp, "wb") as out, tqdm(total=stop, unit="char", unit_scale=True, disable=None) as bar:
-                for start, end in (0, n), (n, stop):
-                    before = out.tell()
-                    for piece in cut_at_spaces(slice_text(text(), start, end), READ_BYTES // 2):
-                        out.write(tokenizer.encode(piece).numpy().astype(dtype).data)
-                        bar.update(len(piece))
-                    counts.append((out.tell() - before) // dtype.itemsize)
-            os.replace(tmp, target)
-        except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-                raise
-            raise OSError(
-                f"the tokens can't be written to {folder} ({error.strerror}): make room, or set XDG_CACHE_HOME to a "
-                "folder with enough space"
-            ) from None
-        finally:
-            tmp.unlink(missing_ok=True)
+        parts = [slice_text(text(), 0, n), slice_text(text(), n, stop)]
+        counts = write_tokens(tokenizer, parts, dtype, stop, target)
         meta = {"file": target.name, "bytes": target.stat().st_size, "type": dtype.name, "parts": counts}
-        meta |= {"characters": length, "size": len(tokenizer)}
-        meta |= {"tokenizer": kind, "vocabulary": resolved, "on_unknown": policy}
-        requests = {(vocabulary, on_unknown, size), (resolved, policy, size)}
-        requests.add((resolved, policy, len(tokenizer)))  # from a checkpoint
-        for path in {meta_path(*request) for request in requests}:
+        meta |= {"characters": length, **from_checkpoint._asdict()}
+        for path in map(meta_path, {settings, built, from_checkpoint}):
             tmp = path.with_suffix(f".{os.getpid()}")
             tmp.write_text(json.dumps(meta), encoding="utf-8")
             os.replace(tmp, path)
@@ -128,4 +134,4 @@ def open_cache(folder: Path, meta: dict) -> tuple[Tokenizer, Tensor, Tensor, int
     """Returns what `cached_tokens` does, from the metadata of a file that is in the cache."""
     ids = memory_map(folder / meta["file"], meta["type"])
     n, m = meta["parts"]
-    return build_from_state(meta, meta["size"]), ids[:n], ids[n : n + m], meta["characters"]
+    return build_from_state(meta, meta["vocab_size"]), ids[:n], ids[n : n + m], meta["characters"]

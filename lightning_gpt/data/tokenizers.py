@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import chain
 from threading import Event, Thread
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -438,25 +438,27 @@ def distinct_characters(pieces: Iterable[str], at_least: int = 1) -> str:
     return "".join(map(chr, np.flatnonzero(counts >= at_least)))
 
 
-def build_tokenizer(
-    kind: str, text: TextPieces, training_text: TextPieces, vocabulary: str | None, on_unknown: str, size: int | None
-) -> Tokenizer:
+class TokenizerSettings(NamedTuple):
+    """The settings of `TextDataModule` from which a tokenizer is built."""
+
+    tokenizer: str
+    vocabulary: str | None = None
+    on_unknown: str = "error"
+    vocab_size: int | None = None
+
+
+def build_tokenizer(settings: TokenizerSettings, text: TextPieces, training_text: TextPieces) -> Tokenizer:
     """Builds a tokenizer for a text, from a given vocabulary if there is one.
 
     Args:
-        kind: char, byte, bpe or gpt2.
         text: the complete text; its characters are the vocabulary of char.
         training_text: the training split; BPE is trained on it, and `replace` counts characters in it.
-        vocabulary: characters or merges; None builds them from the text.
-        on_unknown: what to do with characters that have no id, see `TextDataModule`.
-        size: vocabulary size, for byte, bpe and gpt2.
     Raises:
-        ValueError: `size` or `vocabulary` does not suit the tokenizer.
+        ValueError: `vocab_size` or `vocabulary` does not suit the tokenizer.
     """
-    if kind == "byte":
-        return ByteTokenizer(size)
-    if kind == "gpt2":
-        return GPT2Tokenizer(size)
+    kind, vocabulary, on_unknown, size = settings
+    if kind in ("byte", "gpt2"):
+        return TOKENIZER_TYPES[kind].from_state({}, size)
     if kind == "bpe":
         if vocabulary is None:
             is_long = len(next(iter(training_text()), "")) > 2**20
