@@ -1,4 +1,4 @@
-"""How the package talks to its user: one line on stderr, and output that survives a full disk. No Lightning."""
+"""Messages to the user: errors and notes in one line on stderr, and output that tolerates a full disk."""
 
 import os
 import shutil
@@ -13,9 +13,9 @@ import torch
 
 
 class LossyStream:
-    """A text stream that loses what its disk or terminal does not take, where `stream` would raise OSError.
+    """Wraps a text stream and discards output whose write raises OSError.
 
-    A reader that has gone, as of `| head`, still raises BrokenPipeError.
+    BrokenPipeError, from a reader such as `| head` that has exited, is still raised.
     """
 
     def __init__(self, stream: TextIO):
@@ -43,7 +43,7 @@ class LossyStream:
 
 @contextmanager
 def lossy_output() -> Iterator[None]:
-    """What is printed meanwhile may be lost, but ends nothing: stdout and stderr may be a log on a full disk."""
+    """Within this context, printing never fails on a full disk, where stdout or stderr may be a log; output is lost."""
     streams = sys.stdout, sys.stderr
     try:
         with redirect_stdout(LossyStream(sys.stdout)), redirect_stderr(LossyStream(sys.stderr)):
@@ -54,60 +54,61 @@ def lossy_output() -> Iterator[None]:
                 stream.flush()
             except BrokenPipeError:
                 raise
-            except OSError:  # else Python tries again when it ends, and changes the exit code
+            except OSError:  # else Python flushes again at exit, which changes the exit code
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def escape_unprintable(stream: TextIO) -> None:
-    """Make a stream print a backslash and a number for characters that its encoding lacks, where it would raise."""
-    with suppress(AttributeError):  # a notebook's stream takes all characters
+    """Make a stream print characters that its encoding lacks as backslash escapes instead of raising."""
+    with suppress(AttributeError):  # a notebook's stream has no reconfigure and takes all characters
         stream.reconfigure(errors="backslashreplace")  # type: ignore[attr-defined]
 
 
 def print_error(message: str) -> None:
-    """Say on stderr what is wrong, and in which process if it isn't the first of several."""
+    """Print an error to stderr, with the rank if it is not 0."""
     rank = os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))
-    with suppress(OSError):  # stderr may be a log on a full disk; the exit code tells as well
+    with suppress(OSError):  # stderr may be a log on a full disk; the exit code remains
         print(f"lightning-gpt: error: {message}" if rank == "0" else f"rank {rank}: error: {message}", file=sys.stderr)
 
 
 def program_name() -> str:
-    """How this program is called here, for commands to copy."""
+    """The command that starts this program, for messages that suggest commands."""
     if sys.argv[0].endswith("__main__.py"):
         return "python -m lightning_gpt"
     return "lightning-gpt" if shutil.which("lightning-gpt") else os.path.relpath(sys.argv[0])
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether an error says that memory has run out, in one of the ways that Python and torch have to say so."""
+    """Whether an error of Python or PyTorch means that memory has run out, judged by its type and message."""
     reasons = ["can't allocate memory", "can't start new thread", "size calculation overflowed"]
-    reasons += ["unexpected pos"]  # of an archive in memory
+    reasons += ["unexpected pos"]  # raised by torch.save to memory
     known = isinstance(error, MemoryError | torch.OutOfMemoryError)
     return known or isinstance(error, RuntimeError) and any(reason in str(error) for reason in reasons)
 
 
 def message_with_notes(error: BaseException) -> str:
-    """What an error says, and what was noted on its way: the last good checkpoint, for example."""
+    """The message of an error followed by its notes, such as the path of the last good checkpoint."""
     return ". ".join([str(error), *getattr(error, "__notes__", [])])
 
 
-def print_info(what: str) -> None:
-    """Say something on stderr, once, however many processes there are; Lightning's own check would import it."""
-    ranks = "RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK"  # as Lightning looks for them
+def print_info(message: str) -> None:
+    """Print a message to stderr on rank 0 only. `rank_zero_only` would import Lightning."""
+    ranks = "RANK", "LOCAL_RANK", "SLURM_PROCID", "JSM_NAMESPACE_RANK"  # the order in which Lightning reads them
     if next((os.environ[name] for name in ranks if name in os.environ), "0") == "0":
-        print(f"lightning-gpt: {what}", file=sys.stderr, flush=True)
+        print(f"lightning-gpt: {message}", file=sys.stderr, flush=True)
 
 
 @cache
-def warn_once(line: str) -> None:
-    print(f"lightning-gpt: {line}", file=sys.stderr)
+def warn_once(message: str) -> None:
+    """Print a message to stderr, once per process."""
+    print(f"lightning-gpt: {message}", file=sys.stderr)
 
 
 def import_optional(module: str, extra: str) -> Any:
-    """An optional module.
+    """Import a module of an optional dependency.
 
     Raises:
-        ValueError: it is not installed; says how to.
+        ValueError: it is not installed; the message gives the pip command.
     """
     try:
         return import_module(module)

@@ -373,7 +373,7 @@ def test_a_report_on_a_truncated_event_file_shows_what_is_left(left, logged_run,
     events.write_bytes(data[: left if isinstance(left, int) else int(left * len(data))])
     (half / "checkpoints" / "best.ckpt").write_bytes(b"no checkpoint")
     page = write_report(tmp_path, half)
-    assert "No look at best.ckpt" in page.text and "Inside last.ckpt" in page.text
+    assert "best.ckpt cannot be read" in page.text and "Inside last.ckpt" in page.text
     assert ("No curves" in page.text) == (left in (0, 7))
 
 
@@ -390,7 +390,7 @@ def test_a_report_says_what_is_missing(logged_run, tmp_path):
     corpus.rename(tmp_path / "tags.txt")
     page = write_report(tmp_path, moved)
     (tmp_path / "tags.txt").rename(corpus)
-    assert "this is the checkpoint's" in page.text and "No look inside" in page.text
+    assert "this is the checkpoint's config" in page.text and "cannot be inspected" in page.text
 
 
 def test_a_report_finds_the_validation_text_across_files(text_file, tmp_path):
@@ -403,7 +403,7 @@ def test_a_report_finds_the_validation_text_across_files(text_file, tmp_path):
     assert torch.equal(validation_passage(data, 30, tokenizer), tokenizer.encode(full[start : start + 31]))
 
 
-@pytest.mark.parametrize("path, message", [("none", "does not exist"), ("empty", "no run's folder")])
+@pytest.mark.parametrize("path, message", [("none", "does not exist"), ("empty", "is not a run")])
 def test_a_report_on_a_folder_without_a_run_is_refused(path, message, fails, tmp_path):
     (tmp_path / "empty").mkdir()
     assert message in fails("report", tmp_path / path)

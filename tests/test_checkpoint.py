@@ -22,7 +22,7 @@ import torch
 import yaml
 from conftest import TINY
 
-from lightning_gpt.checkpoint.io import load_net, read_checkpoint, read_verified, write_checkpoint
+from lightning_gpt.checkpoint.io import append_checksum, load_net, read_checkpoint, read_verified, write_checkpoint
 from lightning_gpt.checkpoint.quantize import quantize
 from lightning_gpt.checkpoint.validation import FLOAT_DTYPES
 from lightning_gpt.cli.config import (
@@ -85,8 +85,10 @@ def to_qint8(w):
         ((MODEL, "position"), "sideways", "position is 'sideways'"),
         ((MODEL, "lecture_step"), ["gpt"], "lecture_step"),
         ((MODEL, "seed"), ..., "seed is None"),
+        ((MODEL, "norm"), ..., "norm is missing"),
+        ((MODEL, "ema_decay"), ..., "ema_decay is None"),
         ((MODEL, "ema_decay"), 0.9, "the weight ema_net.wte.weight is missing"),
-        ((MODEL, "tie_embeddings"), True, "the head is tied to the embedding, and differs"),
+        ((MODEL, "tie_embeddings"), True, "lm_head.weight differs from wte.weight"),
         ((MODEL, "betas"), {"class_path": "evil.Evil"}, "model.betas"),
         ((MODEL, "ngram_max"), 10**9, "ngram_max=1000000000"),
         ((DATA, "vocabulary"), "abc", "the vocabulary has 3 tokens, and the net has 32"),
@@ -94,24 +96,26 @@ def to_qint8(w):
         ((DATA, "vocabulary"), None, "without a vocabulary"),
         ((DATA, "vocabulary"), "\ud800" + "a" * 31, "half a character"),
         ((DATA, "tokenizer"), "words", "the tokenizer is 'words'"),
+        ((DATA, "tokenizer"), ..., "the tokenizer is None"),
         ((DATA, "on_unknown"), 3, "data.on_unknown is 3"),
+        ((DATA, "on_unknown"), ..., "data.on_unknown is None"),
         ((DATA, "name_augmentation"), 10**9, "data.name_augmentation is 1000000000"),
-        (("state_dict", 5), torch.zeros(1), "the weight 5 is none"),
+        (("state_dict", 5), torch.zeros(1), "the weight 5 does not belong"),
         (("state_dict", "net.lm_head.weight"), ..., "the weight net.lm_head.weight is missing"),
         (W, torch.zeros(32, 17), "net.wte.weight is (32, 17)"),
-        (W, torch.zeros(32, 16, dtype=torch.int64), "no tensor of floating-point numbers"),
-        (W, torch.full((32, 16), math.nan), "no numbers"),
+        (W, torch.zeros(32, 16, dtype=torch.int64), "not a floating-point tensor"),
+        (W, torch.full((32, 16), math.nan), "net.wte.weight is NaN or infinite"),
         (W, torch.zeros(32, 16).to_sparse(), "torch._utils._rebuild_sparse_tensor"),
         (W, torch.zeros(32, 16, device="meta"), "_rebuild_meta_tensor"),
         (W, to_qint8(torch.zeros(32, 16)), "_rebuild_qtensor"),
-        (W, torch.zeros(1, 1).expand(10**6, 10**6), "hold more than its bytes"),
-        (W, "hello", "no tensor"),
-        (("scales",), {"net.wte.weight": torch.ones(3)}, "not one number for each row"),
-        (("scales",), ["net.wte.weight"], "not one number for each row"),
+        (W, torch.zeros(1, 1).expand(10**6, 10**6), "its tensors are larger than the file"),
+        (W, "hello", "not a floating-point tensor"),
+        (("scales",), {"net.wte.weight": torch.ones(3)}, "does not have one value for each row"),
+        (("scales",), ["net.wte.weight"], "does not have one value for each row"),
         (("global_step",), -1, "global_step is -1"),
         (("epoch",), [0], "epoch is a list"),
         (("val_loss",), "low", "val_loss is 'low'"),
-        (("config",), {"trainer": {}}, "the config is no text"),
+        (("config",), {"trainer": {}}, "the config is not a string"),
         (("pytorch-lightning_version",), ..., "pytorch-lightning_version is None"),
         (("pytorch-lightning_version",), "1.0.0", "pytorch-lightning_version is '1.0.0'"),
         (("anything",), bytearray(9), "bytearray"),
@@ -154,11 +158,12 @@ def test_an_archive_that_unpacks_to_more_than_its_size_is_refused(checkpoint, tm
     twice = [*entries, ("other/data.pkl", entries[0][1])]
     bomb = archive([*entries, ("archive/data/99", bytes(10**8))], zipfile.ZIP_DEFLATED)
     plain = archive(entries)
-    at = plain.rindex(b"PK\1\2")  # the last entry of the table claims a larger size
-    wrong_size = plain[: at + 20] + struct.pack("<II", 2**31, 2**31) + plain[at + 28 :]
-    for data in bomb, archive(twice), wrong_size, b"before" + plain:
-        path.write_bytes(data)
-        with pytest.raises(ValueError, match="can't be read as plain data|no complete archive"):
+    at = plain.rindex(b"PK\1\2")  # the last entry of the table says that it is larger
+    lies = plain[: at + 20] + struct.pack("<II", 2**31, 2**31) + plain[at + 28 :]
+    for data in bomb, archive(twice), lies, b"before" + plain:
+        append_checksum(file := io.BytesIO(data))
+        path.write_bytes(file.getvalue())
+        with pytest.raises(ValueError, match="can't be read as plain data|not a complete zip archive"):
             read_verified(path)
     path.write_bytes(plain)
     with pytest.raises(ValueError, match="its checksum is missing"):  # everything else is valid

@@ -24,7 +24,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import lightning_gpt
 import lightning_gpt.cli.train as train_module
-from lightning_gpt.checkpoint.io import find_checkpoint, load_net, read_checkpoint, read_verified, write_checkpoint
+from lightning_gpt.checkpoint.io import (
+    append_checksum,
+    find_checkpoint,
+    load_net,
+    read_checkpoint,
+    read_verified,
+    write_checkpoint,
+)
 from lightning_gpt.cli.config import resumes_in_place
 from lightning_gpt.cli.main import main, run
 from lightning_gpt.cli.train import train
@@ -453,15 +460,23 @@ def test_a_checkpoint_that_does_not_read_back_is_not_renamed(tmp_path, monkeypat
     assert path.read_bytes() == before and [file.name for file in tmp_path.iterdir()] == ["x.ckpt"]
 
 
-def test_a_flipped_bit_in_a_checkpoint_of_the_first_format_is_detected(ckpt, tmp_path):
-    path, checkpoint = tmp_path / "x.ckpt", read_checkpoint(ckpt)
-    torch.save({key: value for key, value in checkpoint.items() if key != "format"}, path)
-    read_verified(path)
-    data = bytearray(path.read_bytes())
-    data[data.index(checkpoint["state_dict"]["net.wte.weight"].numpy().tobytes()) + 200] ^= 1
-    path.write_bytes(data)
-    with pytest.raises(ValueError, match="damaged"):
-        read_verified(path)
+@pytest.mark.parametrize("without, message", [("checksum", "checksum is missing"), ("format", "has format None")])
+def test_a_checkpoint_without_a_checksum_or_a_format_is_refused(ckpt, tmp_path, without, message):
+    saved, buffer = read_checkpoint(ckpt), io.BytesIO()
+    torch.save({key: value for key, value in saved.items() if key != without}, buffer)
+    if without == "format":
+        append_checksum(buffer)
+    (tmp_path / "x.ckpt").write_bytes(buffer.getvalue())
+    with pytest.raises(ValueError, match=message):
+        read_verified(tmp_path / "x.ckpt")
+
+
+@pytest.mark.parametrize("token_files, kind", [(None, "char"), ("train.bin,val.bin", "ids")])
+def test_a_checkpoint_names_the_tokenizer_that_null_stands_for(tmp_path, token_files, kind):
+    data = {"tokenizer": None, "token_files": token_files}
+    write_checkpoint(PARTS | {"datamodule_hyper_parameters": data}, tmp_path / "x.ckpt")
+    saved = torch.load(tmp_path / "x.ckpt", weights_only=True)
+    assert saved["datamodule_hyper_parameters"]["tokenizer"] == kind and data["tokenizer"] is None
 
 
 def test_the_suggested_checkpoint_is_the_newest_good_one_of_any_run(ckpt, tmp_path, monkeypatch):
@@ -602,7 +617,7 @@ class FailAtStep8(L.Callback):
 @pytest.mark.parametrize(
     "error, code, message",
     [
-        (OSError(28, "No space left"), 1, "make room"),
+        (OSError(28, "No space left"), 1, "free some space"),
         (OSError(2, "No such file"), 2, "No such file"),
         (KeyboardInterrupt(), 130, ""),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 1, "out of memory"),

@@ -147,7 +147,7 @@ def test_weights_for_another_tokenizer_or_shape_are_refused_naming_both(base):
         transfer_weights(base, fresh, CharTokenizer(tokenizer.vocabulary[1:]))
     with pytest.raises(ValueError, match=r"h.0.attn.c_proj.weight is \(16, 16\) in it and \(9, 16\) here"):
         transfer_weights(base, fresh | {"h.0.attn.c_proj.weight": torch.zeros(9, 16)}, tokenizer)
-    with pytest.raises(ValueError, match="wpe.weight is not there in it"):
+    with pytest.raises(ValueError, match="wpe.weight is missing in it"):
         transfer_weights(base, fresh | {"wpe.weight": torch.zeros(9, 16)}, tokenizer)
 
 

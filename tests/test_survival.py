@@ -394,8 +394,8 @@ def test_code_in_a_checkpoint_is_not_run(good_bytes, tmp_path):
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"format": 99}, "has format 99, and this lightning-gpt reads up to"),
-        ({"state_dict": None}, "is a PyTorch file, but no checkpoint of lightning-gpt"),
+        ({"format": 99}, "has format 99, and this lightning-gpt reads only"),
+        ({"state_dict": None}, "is a PyTorch file, but not a lightning-gpt checkpoint"),
         ({"hyper_parameters": {}}, "does not fit this version"),
     ],
 )

@@ -1,6 +1,6 @@
-"""Figures of what happens inside a GPT, and of a run's curves. Needs matplotlib, the extra `plots`; no Lightning.
+"""Figures of a GPT's activations and of a run's curves. Needs matplotlib (the extra `plots`).
 
-Shapes   T time (tokens) · C channels · H heads · D = C / H · V vocabulary · L layers
+Shapes   T time (tokens) · C channels · H heads · V vocabulary · L layers
 """
 
 import math
@@ -19,13 +19,10 @@ from ..data.tokenizers import Tokenizer
 from ..model.gpt import GPT
 from .probes import attention_maps, position_similarity, residual_streams, token_label, token_losses
 
-warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a text's letters may be in no font here
+warnings.filterwarnings("ignore", "Glyph .* missing from font")  # no installed font may have the characters of a text
 DPI = 100
-LITERAL: dict = {"parse_math": False}  # of a token or a name: between two dollar signs there is no formula
-MOST_EMBEDDINGS = 300  # more can't be told apart in a figure
-
-
-# --- drawing ----------------------------------------------------------------------------------------------------------
+LITERAL: dict = {"parse_math": False}  # for tokens and names: text between dollar signs is not a formula
+MAX_EMBEDDINGS = 300  # labels overlap with more
 
 
 def new_figure(title: str, width: float, height: float) -> tuple[Figure, Axes]:
@@ -35,22 +32,22 @@ def new_figure(title: str, width: float, height: float) -> tuple[Figure, Axes]:
 
 
 def draw_attention(maps: Tensor, labels: Sequence[str], title: str) -> Figure:
-    """One panel for each head of maps (H, T, T)."""
+    """One panel per head of maps (H, queries T, keys T)."""
     H, T = maps.shape[:2]
     columns = H if H <= 3 else math.ceil(math.sqrt(H))
     rows, side, gap = math.ceil(H / columns), max(0.14 * T, 1.0), 0.4  # in inches
     width, height = columns * (side + gap) + gap, rows * (side + gap) + 0.45
-    figure = Figure(figsize=(max(width, 7), height), dpi=DPI)  # laid out by hand, as it takes half the time
-    figure.suptitle(f"{title}: a row is a character that looks, dark is where it looks", fontsize=13)
+    figure = Figure(figsize=(max(width, 7), height), dpi=DPI)  # constrained layout would take twice as long
+    figure.suptitle(f"{title}: each row is a query; darker keys have more weight", fontsize=13)
     for h in range(H):
         left, top = gap + h % columns * (side + gap), 0.65 + h // columns * (side + gap)
-        place = (left / figure.get_figwidth(), 1 - (top + side) / height, side / figure.get_figwidth(), side / height)
-        panel = figure.add_axes(place)
+        rect = (left / figure.get_figwidth(), 1 - (top + side) / height, side / figure.get_figwidth(), side / height)
+        panel = figure.add_axes(rect)
         panel.imshow(maps[h].float().cpu().numpy(), cmap="Blues", norm=PowerNorm(0.5, 0, 1))
         panel.set_title(f"head {h + 1}", fontsize=11, pad=3)
         panel.set_xticks([])
         panel.set_yticks([])
-        for t, text in enumerate(labels):  # not as ticks, which take twice as long
+        for t, text in enumerate(labels):  # ticks would take twice as long
             panel.text(t, T - 0.3, text[:4], ha="center", va="top", fontsize=9, **LITERAL)
             panel.text(-0.7, t, text[:4], ha="right", va="center", fontsize=9, **LITERAL)
     return figure
@@ -61,44 +58,49 @@ def write_cell(ax: Axes, x: int, y: int, text: str, dark: bool) -> None:
     ax.text(x, y, text[:4], ha="center", va="center", fontsize=size, color="white" if dark else "black", **LITERAL)
 
 
-def draw_losses(values: Tensor, labels: Sequence[str], most: float, title: str) -> Figure:
-    """The text itself, 32 tokens a line, each on a ground as dark as its loss; labels are those of values (T,)."""
+def draw_losses(values: Tensor, labels: Sequence[str], vmax: float, title: str) -> Figure:
+    """The text in rows of 32 tokens, shaded by the losses values (T,) in nats from 0 to vmax; one label per value."""
     T, columns = len(values), 32
     rows = math.ceil(T / columns)
     grid = torch.full((rows * columns,), math.nan)
     grid[:T] = values.float().cpu()
-    title = f"{title}: {values.mean():.3f} nats on average; dark letters surprise the model"
+    title = f"{title}: {values.mean():.3f} nats on average; darker tokens have a higher loss"
     figure, ax = new_figure(title, 7.6, 0.27 * rows + 0.8)
-    image = ax.imshow(grid.view(rows, columns).numpy(), cmap="Reds", vmin=0, vmax=most, aspect="auto")
+    image = ax.imshow(grid.view(rows, columns).numpy(), cmap="Reds", vmin=0, vmax=vmax, aspect="auto")
     for t, (text, value) in enumerate(zip(labels, values.tolist(), strict=True)):
-        write_cell(ax, t % columns, t // columns, text, value > 0.6 * most)
+        write_cell(ax, t % columns, t // columns, text, value > 0.6 * vmax)
     ax.set_xticks([])
     ax.set_yticks(range(rows), [str(1 + row * columns) for row in range(rows)], fontsize=7)
     figure.colorbar(image, ax=ax, aspect=8, pad=0.01, label="nats")
     return figure
 
 
-def draw_lens(net: GPT, between: Tensor, ids: Tensor, labels: Sequence[str], tokenizer, title: str) -> Figure:
-    """What the head would say after each layer; between (L + 1, T, C), ids and labels (T + 1,)."""
+def draw_lens(net: GPT, streams: Tensor, ids: Tensor, labels: Sequence[str], tokenizer, title: str) -> Figure:
+    """The head's prediction from the residual stream after each layer (logit lens).
+
+    Args:
+        streams: (L + 1, T, C).
+        ids, labels: T + 1 tokens, the input and the last target.
+    """
     with torch.no_grad():
-        odds = net.logits(between).float().softmax(-1).cpu()  # (L + 1, T, V)
-    best, of_true = odds.argmax(-1).tolist(), odds[:, torch.arange(len(ids) - 1), ids[1:].cpu()]
-    L, T = len(odds) - 1, len(ids) - 1
-    title = f"{title}: its likeliest next character, green if the true one has high odds"
+        probs = net.logits(streams).float().softmax(-1).cpu()  # (L + 1, T, V)
+    predicted, target_probs = probs.argmax(-1).tolist(), probs[:, torch.arange(len(ids) - 1), ids[1:].cpu()]
+    L, T = len(probs) - 1, len(ids) - 1
+    title = f"{title}: most likely next token, shaded by the probability of the true one"
     figure, ax = new_figure(title, max(7.6, 0.25 * T + 2), 0.25 * L + 1.65)
-    image = ax.imshow(of_true.numpy(), cmap="Greens", vmin=0, vmax=1, aspect="auto", origin="lower")
-    for row, guesses in enumerate(best):
-        for t, i in enumerate(guesses):
-            write_cell(ax, t, row, token_label(tokenizer, i), bool(of_true[row, t] > 0.6))
+    image = ax.imshow(target_probs.numpy(), cmap="Greens", vmin=0, vmax=1, aspect="auto", origin="lower")
+    for row, tokens in enumerate(predicted):
+        for t, i in enumerate(tokens):
+            write_cell(ax, t, row, token_label(tokenizer, i), bool(target_probs[row, t] > 0.6))
     ax.set_yticks(range(L + 1), ["embedding", *(f"layer {i}" for i in range(1, L + 1))], fontsize=8)
     ax.set_xticks(range(T), labels[:-1], fontsize=8, **LITERAL)
-    ax.set_xlabel("character read", fontsize=8)
+    ax.set_xlabel("input token", fontsize=8)
     above = ax.secondary_xaxis("top")
     above.set_xticks(range(T), labels[1:], fontsize=8, **LITERAL)
-    above.set_xlabel("true next character", fontsize=8)
+    above.set_xlabel("true next token", fontsize=8)
     for side in ax, above:
         side.tick_params(length=0)
-    figure.colorbar(image, ax=ax, aspect=12, pad=0.01, label="odds of the true one")
+    figure.colorbar(image, ax=ax, aspect=12, pad=0.01, label="probability of the true token")
     return figure
 
 
@@ -112,28 +114,28 @@ def char_class(text: str) -> str:
 
 
 def draw_embeddings(weight: Tensor, labels: Sequence[str], title: str) -> Figure:
-    """The token embeddings (V, C) on the plane where they vary most (principal components)."""
-    x = weight.detach().float().cpu()[:MOST_EMBEDDINGS]
+    """The first MAX_EMBEDDINGS token embeddings of weight (V, C) on their first two principal components."""
+    x = weight.detach().float().cpu()[:MAX_EMBEDDINGS]
     x = x - x.mean(0)
     u, s, _ = torch.linalg.svd(x, full_matrices=False)
     s = F.pad(s, (0, max(0, 2 - len(s))))
     plane = F.pad(u, (0, max(0, 2 - u.size(1))))[:, :2] * s[:2]
-    share = s.square() / s.square().sum().clamp(min=1e-30)
-    figure, ax = new_figure(f"{title}, on the plane where they differ most", 7, 6)
-    ax.scatter(plane[:, 0].numpy(), plane[:, 1].numpy(), s=0)  # for the limits of the axes
+    explained = s.square() / s.square().sum().clamp(min=1e-30)
+    figure, ax = new_figure(f"{title}: first two principal components", 7, 6)
+    ax.scatter(plane[:, 0].numpy(), plane[:, 1].numpy(), s=0)  # sets the limits of the axes
     for (a, b), text in zip(plane.tolist(), labels, strict=False):
         ax.text(a, b, text, ha="center", va="center", fontsize=10, color=CLASS_COLORS[char_class(text)], **LITERAL)
-    ax.set_xlabel(f"first direction, {share[0]:.0%} of the variance", fontsize=9)
-    ax.set_ylabel(f"second direction, {share[1]:.0%}", fontsize=9)
-    for name, colour in CLASS_COLORS.items():
-        ax.scatter([], [], color=colour, label=name, s=20)
+    ax.set_xlabel(f"first component, {explained[0]:.0%} of the variance", fontsize=9)
+    ax.set_ylabel(f"second component, {explained[1]:.0%}", fontsize=9)
+    for name, color in CLASS_COLORS.items():
+        ax.scatter([], [], color=color, label=name, s=20)
     ax.legend(fontsize=8, loc="best", framealpha=0.6)
     ax.tick_params(labelsize=7)
     return figure
 
 
 def draw_positions(similarity: Tensor, title: str) -> Figure:
-    """Cosines (T, T) of all pairs of positions."""
+    """Cosine similarities (T, T) of all pairs of positions."""
     figure, ax = new_figure(title, 5.6, 4.8)
     image = ax.imshow(similarity.cpu().numpy(), cmap="RdBu_r", vmin=-1, vmax=1)
     ax.set_xlabel("position in the context", fontsize=9)
@@ -147,13 +149,13 @@ Curve = list[tuple[int, float]]  # (step, value)
 
 
 def draw_curves(curves: dict[str, Curve], title: str, unit: str, log: bool = False) -> Figure:
-    """Lines over steps, the lowest point of a `val` line marked."""
+    """One line per curve over steps; the minimum of a validation loss is marked."""
     figure, ax = new_figure(title, 5.4, 3.3)
     for name, points in curves.items():
         steps, values = zip(*points, strict=True)
-        shown = f" {name}" if name.startswith("_") else name  # a legend leaves out those with a line in front
+        label = f" {name}" if name.startswith("_") else name  # a legend omits labels that start with an underscore
         (line,) = ax.plot(
-            steps, values, label=shown, linewidth=1.6, marker="o" if len(points) < 9 else None, markersize=3
+            steps, values, label=label, linewidth=1.6, marker="o" if len(points) < 9 else None, markersize=3
         )
         if "val" in name and "loss" in name:
             step, value = min(points, key=lambda point: point[1])
@@ -162,7 +164,7 @@ def draw_curves(curves: dict[str, Curve], title: str, unit: str, log: bool = Fal
     if log:
         ax.set_yscale("log")
     elif all(float(value).is_integer() for points in curves.values() for _, value in points):
-        ax.yaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))  # there is no half a token
+        ax.yaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))  # no fractions of a token
     ax.set_xlabel("step")
     ax.set_ylabel(unit)
     ax.grid(alpha=0.25)
@@ -175,23 +177,21 @@ def draw_curves(curves: dict[str, Curve], title: str, unit: str, log: bool = Fal
 
 
 def figures(net: GPT, tokenizer: Tokenizer, ids: Tensor, shown: int) -> Iterator[tuple[str, Figure]]:
-    """Name and figure of all there is to see inside a net that reads ids (T + 1,), T <= block_size.
+    """Yields the name and the figure of each view of the net on ids (T + 1,), T <= block_size.
 
     Args:
-        net: in eval mode; it is left as it was.
-        shown: of how many tokens the attention and the prediction per layer are drawn.
+        net: in eval mode; it is not changed.
+        shown: number of tokens in the figures of attention and of the prediction per layer.
     """
     labels = [token_label(tokenizer, i) for i in ids.tolist()]
-    few = ids[: shown + 1]
-    yield (
-        "loss_per_character",
-        draw_losses(token_losses(net, ids), labels[1:], math.log(len(tokenizer)) + 1, "Loss per character"),
-    )
-    for i, maps in enumerate(attention_maps(net, few[None, :-1]), start=1):
-        yield f"attention_layer_{i:02}", draw_attention(maps, labels[: len(few) - 1], f"Attention, layer {i}")
-    between = residual_streams(net, few[None, :-1])
-    yield "prediction_per_layer", draw_lens(net, between, few, labels[: len(few)], tokenizer, "Prediction per layer")
-    names = [token_label(tokenizer, i) for i in range(min(len(tokenizer), MOST_EMBEDDINGS))]
+    part = ids[: shown + 1]
+    vmax = math.log(len(tokenizer)) + 1  # a little above the loss of a uniform guess
+    yield "loss_per_character", draw_losses(token_losses(net, ids), labels[1:], vmax, "Loss per token")
+    for i, maps in enumerate(attention_maps(net, part[None, :-1]), start=1):
+        yield f"attention_layer_{i:02}", draw_attention(maps, labels[: len(part) - 1], f"Attention, layer {i}")
+    streams = residual_streams(net, part[None, :-1])
+    yield "prediction_per_layer", draw_lens(net, streams, part, labels[: len(part)], tokenizer, "Prediction per layer")
+    names = [token_label(tokenizer, i) for i in range(min(len(tokenizer), MAX_EMBEDDINGS))]
     yield "token_embeddings", draw_embeddings(net.wte.weight, names, "Token embeddings")
-    what = "learned vectors" if net.config.position == "learned" else "angles (rope, never learned)"
-    yield "position_similarity", draw_positions(position_similarity(net), f"How alike positions are: {what}")
+    source = "learned embeddings" if net.config.position == "learned" else "RoPE angles (not learned)"
+    yield "position_similarity", draw_positions(position_similarity(net), f"Cosine similarity of positions: {source}")

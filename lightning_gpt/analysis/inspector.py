@@ -1,4 +1,4 @@
-"""A callback that draws what happens inside the net while it trains. Off unless it is asked for."""
+"""A callback that logs figures of the net's activations to TensorBoard during training. Off by default."""
 
 import sys
 import time
@@ -17,24 +17,23 @@ from ..model.gpt import GPT
 from ..training.module import LanguageModel
 from ..training.strategies import FSDP2Strategy
 
-MISSING_MATPLOTLIB = "matplotlib, which draws them, is not here: pip install 'tiny-lightning-gpt[plots]'"
+MISSING_MATPLOTLIB = "matplotlib is not installed: pip install 'tiny-lightning-gpt[plots]'"
 
 
 class ModelInspector(L.Callback):
-    """After validations, figures of a fixed passage in TensorBoard: attention of each head, the loss at each character,
-    the prediction after each layer, the token embeddings (in the projector too) and how alike positions are.
+    """Logs figures of a fixed passage to TensorBoard after validation: attention of each head, loss per token,
+    prediction after each layer, token embeddings (also in the projector) and similarity of positions.
 
-    Rank 0 looks at a copy of the net that is validated, so training is bit for bit the same with and without it. The
-    time that it takes is logged as `inspect/seconds`.
+    Rank 0 evaluates a copy of the validated net, so training is bit-for-bit the same with and without this callback.
+    The seconds it takes are logged as `inspect/seconds`.
 
     Args:
-        passage: the text that the net reads; null takes the validation text's beginning. What is beyond block_size is
-            left out.
-        every_n_validations: draw after so many of them.
-        shown: of how many characters attention and prediction per layer are drawn.
+        passage: the text that the net reads, cut at block_size + 1 tokens; null is the start of the validation text.
+        every_n_validations: number of validations from one drawing to the next.
+        shown: number of tokens in the figures of attention and of the prediction per layer.
     """
 
-    PROJECTED = 10_000  # embeddings, at most; the projector gets slow with more
+    MAX_PROJECTED = 10_000  # embeddings; the projector is slow with more
 
     def __init__(self, passage: str | None = None, every_n_validations: int = 1, shown: int = 32):
         for name, value in {"every_n_validations": every_n_validations, "shown": shown}.items():
@@ -55,17 +54,15 @@ class ModelInspector(L.Callback):
             except ValueError as error:
                 raise ValueError(f"ModelInspector's passage: {error}") from None
             if len(ids) < 2:
-                raise ValueError(
-                    f"ModelInspector's passage {self.passage!r} is too short: give two characters at least"
-                )
+                raise ValueError(f"ModelInspector's passage {self.passage!r} is too short: give at least two tokens")
         self.ids = torch.as_tensor(ids[: block_size + 1]).long()
         reason = None
         if isinstance(trainer.strategy, FSDP2Strategy):
-            reason = "no device has the whole net under strategy=fsdp2"
+            reason = "no device holds the full net under strategy=fsdp2"
         elif lm.hparams.lecture_step:
-            reason = f"they are of a GPT, and this is the lecture's lecture_step {lm.hparams.lecture_step}"
-        elif not self.board(trainer):
-            reason = "they go to TensorBoard, and this run has no such logger"
+            reason = f"they need a GPT, and this net is lecture_step={lm.hparams.lecture_step}"
+        elif not self.tensorboard_logger(trainer):
+            reason = "they go to TensorBoard, and this run has no TensorBoardLogger"
         else:
             try:
                 import lightning_gpt.analysis.figures  # noqa: F401
@@ -76,7 +73,7 @@ class ModelInspector(L.Callback):
         self.off = reason is not None or not trainer.is_global_zero
 
     @staticmethod
-    def board(trainer: L.Trainer) -> TensorBoardLogger | None:
+    def tensorboard_logger(trainer: L.Trainer) -> TensorBoardLogger | None:
         return next((log for log in trainer.loggers if isinstance(log, TensorBoardLogger)), None)
 
     def on_validation_end(self, trainer: L.Trainer, lm: L.LightningModule) -> None:
@@ -87,7 +84,7 @@ class ModelInspector(L.Callback):
             return
         try:
             self.draw(trainer, cast(LanguageModel, lm))
-        except Exception as error:  # whatever matplotlib or the disk says; a figure is not worth a run
+        except Exception as error:  # a failure in matplotlib or on the disk must not stop training
             reason = str(error).split("\n")[0][:200]
             print(f"warning: ModelInspector has no figures of step {trainer.global_step:,}: {reason}", file=sys.stderr)
 
@@ -95,23 +92,23 @@ class ModelInspector(L.Callback):
         from .figures import figures
         from .probes import token_label
 
-        since, step = time.perf_counter(), trainer.global_step - 1  # Lightning counts the steps it logs from 0
-        board, tokenizer = cast(TensorBoardLogger, self.board(trainer)), trainer.datamodule.tokenizer
-        net = deepcopy(cast(GPT, lm.eval_net)).eval()  # a copy is uncompiled, and hooks on it trouble nobody
+        start, step = time.perf_counter(), trainer.global_step - 1  # Lightning logs steps from 0
+        logger, tokenizer = cast(TensorBoardLogger, self.tensorboard_logger(trainer)), trainer.datamodule.tokenizer
+        net = deepcopy(cast(GPT, lm.eval_net)).eval()  # a copy is not compiled, and its hooks do not affect training
         net = net if net.wte.weight.dtype == torch.float64 else net.float()
         for name, figure in figures(net, tokenizer, self.ids.to(lm.device), self.shown):
-            board.experiment.add_figure(f"inspect/{name}", figure, step)
-        few = net.wte.weight.detach()[: self.PROJECTED].float()
-        names = [token_label(tokenizer, i) for i in range(len(few))]
-        self.keep_projected(board.experiment, step)
-        board.experiment.add_embedding(few, names, tag="token_embeddings", global_step=step)
-        board.log_metrics({"inspect/seconds": time.perf_counter() - since}, step)
+            logger.experiment.add_figure(f"inspect/{name}", figure, step)
+        embeddings = net.wte.weight.detach()[: self.MAX_PROJECTED].float()
+        labels = [token_label(tokenizer, i) for i in range(len(embeddings))]
+        self.restore_projector_config(logger.experiment, step)
+        logger.experiment.add_embedding(embeddings, labels, tag="token_embeddings", global_step=step)
+        logger.log_metrics({"inspect/seconds": time.perf_counter() - start}, step)
 
     @staticmethod
-    def keep_projected(writer: SummaryWriter, step: int) -> None:
-        """A run that goes on shows the embeddings of its earlier steps too; SummaryWriter lists those of its own."""
-        listed = Path(writer.log_dir, "projector_config.pbtxt")
-        if not hasattr(writer, "_projector_config") and listed.exists():
-            before = text_format.Parse(listed.read_text(encoding="utf-8"), ProjectorConfig()).embeddings
-            earlier = [one for one in before if int(one.tensor_name.rsplit(":", 1)[1]) < step]
+    def restore_projector_config(writer: SummaryWriter, step: int) -> None:
+        """Lists the embeddings of earlier steps again in a resumed run, where SummaryWriter would list only its own."""
+        path = Path(writer.log_dir, "projector_config.pbtxt")
+        if not hasattr(writer, "_projector_config") and path.exists():
+            listed = text_format.Parse(path.read_text(encoding="utf-8"), ProjectorConfig()).embeddings
+            earlier = [entry for entry in listed if int(entry.tensor_name.rsplit(":", 1)[1]) < step]
             writer._projector_config = ProjectorConfig(embeddings=earlier)

@@ -1,4 +1,4 @@
-"""Checkpoint files: written whole or not at all, and read as plain data, so a stranger's can't run code. Torch only."""
+"""Checkpoint files: written atomically with a checksum, and read as plain data, so that no file can run code."""
 
 import errno
 import hashlib
@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from ..data.tokenizers import Tokenizer, build_from_state
-from ..model.gpt import GPT, GPTConfig
+from ..model.gpt import GPT
 from ..model.lecture import LectureModel, build_net
-from .validation import check_archive, check_contents, check_plain
+from .validation import check_archive, check_contents, check_plain, short_repr
 
-RUNS_DIR = Path("checkpoints")  # where runs land
-FORMAT = 2  # of the files; 1 had no seal
-QUANTIZED_FORMAT = 3  # the format with one byte a weight
+RUNS_DIR = Path("checkpoints")  # the folder of all runs
+FORMAT = 2  # floating-point weights
+QUANTIZED_FORMAT = 3  # int8 weights
 CHECKSUM, CHECKSUM_SIZE = b"sha256 ", len("sha256 ") + 64
 TEXT_SETTINGS = (
     "corpus",
@@ -32,20 +32,20 @@ TEXT_SETTINGS = (
     "tokenizer",
     "vocabulary",
     "on_unknown",
-)  # what val/loss is of
-TMP_PREFIX = ".draft."  # how the names of unfinished files begin
+)  # val/loss depends on these
+TMP_PREFIX = ".draft."  # of the names of temporary files
 
 
 def find_checkpoint(name: str | Path) -> Path:
-    """The checkpoint file meant by a path, or by `best` or `last`: the newest of that name below checkpoints/.
+    """Path of a checkpoint; `best` and `last` stand for the newest file of that name below checkpoints/.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: there is no such file.
     """
     if str(name) not in ("best", "last"):
         if not Path(name).is_file():
-            what = "is a folder, not a file" if Path(name).is_dir() else "does not exist"
-            raise FileNotFoundError(f"the checkpoint {name} {what}")
+            reason = "is a folder, not a file" if Path(name).is_dir() else "does not exist"
+            raise FileNotFoundError(f"the checkpoint {name} {reason}")
         return Path(name)
     files = newest_first(RUNS_DIR.glob(f"**/{name}.ckpt"))
     if not files:
@@ -56,65 +56,75 @@ def find_checkpoint(name: str | Path) -> Path:
 
 
 def newest_first(files: Iterable[Path]) -> list[Path]:
+    """The regular files among `files`, the most recently modified first."""
     return sorted((file for file in files if file.is_file()), key=lambda file: file.stat().st_mtime, reverse=True)
 
 
 def check_regular_file(path: Path) -> None:
-    """Raises OSError if something is there that is no regular file: a device or a pipe must not become one."""
+    """Raises OSError if `path` is a folder, a device or a pipe, which must not be replaced by a file."""
     if path.exists() and not path.is_file():
-        what = "a folder" if path.is_dir() else "a device or a pipe"
-        raise OSError(f"{path} can't be written: it is {what}, not a file")
+        found = "a folder" if path.is_dir() else "a device or a pipe"
+        raise OSError(f"{path} can't be written: it is {found}, not a file")
 
 
-def write_checkpoint(saved: dict, path: str | Path) -> None:
-    """Save so that under `path` there is a whole file at any moment: the one before, or this one.
+def write_checkpoint(checkpoint: dict, path: str | Path) -> None:
+    """Write a checkpoint atomically: `path` is a complete file at all times, either the previous one or the new one.
 
-    The file ends with the SHA-256 of all bytes before, stored as the zip archive's comment, so `read_checkpoint`
+    The file ends with the SHA-256 of all preceding bytes, stored as the zip archive's comment, so `read_checkpoint`
     detects any change.
 
     Raises:
-        OSError: it can't be written, or does not read back as it was written; what was there before still is.
+        OSError: the file can't be written, or does not read back as written; the previous file is unchanged.
     """
-    buffer, path = io.BytesIO(), Path(os.path.realpath(path))  # a link stays one
+    buffer, path = io.BytesIO(), Path(os.path.realpath(path))  # keep a symbolic link, replace its target
     check_regular_file(path)
-    torch.save(saved | {"format": QUANTIZED_FORMAT if "scales" in saved else FORMAT}, buffer)
-    with buffer.getbuffer() as archive:
-        archive[-2:] = CHECKSUM_SIZE.to_bytes(2, "little")  # an archive ends with the length of its comment
-        seal = CHECKSUM + hashlib.sha256(archive).hexdigest().encode()
-    buffer.seek(0, io.SEEK_END)
-    buffer.write(seal)
+    data = checkpoint.get("datamodule_hyper_parameters")
+    if isinstance(data, dict) and data.get("tokenizer", "") is None:  # TextDataModule's default
+        is_ids = isinstance(data.get("token_files"), str) and data["token_files"]
+        checkpoint = checkpoint | {"datamodule_hyper_parameters": data | {"tokenizer": "ids" if is_ids else "char"}}
+    torch.save(checkpoint | {"format": QUANTIZED_FORMAT if "scales" in checkpoint else FORMAT}, buffer)
+    append_checksum(buffer)
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(
-        f"{TMP_PREFIX}{path.name}.{os.getpid()}"
-    )  # beside it: only inside a file system a move is atomic
+    tmp = path.with_name(f"{TMP_PREFIX}{path.name}.{os.getpid()}")  # renaming is atomic only within a file system
     try:
-        with open(draft, "wb") as file:
+        with open(tmp, "wb") as file:
             file.write(buffer.getbuffer())
             file.flush()
             os.fsync(file.fileno())
-        if checksum_mismatch(draft.read_bytes()) is not False:
-            raise OSError(errno.EIO, "what was written does not read back", str(path))
-        os.replace(draft, path)
+        if not has_valid_checksum(tmp.read_bytes()):
+            raise OSError(errno.EIO, "the written file does not read back correctly", str(path))
+        os.replace(tmp, path)
     finally:
-        draft.unlink(missing_ok=True)
-    with suppress(OSError):  # not every file system can
+        tmp.unlink(missing_ok=True)
+    with suppress(OSError):  # some file systems can't sync a folder
         folder = os.open(path.parent, os.O_RDONLY)
         os.fsync(folder)
         os.close(folder)
 
 
-def checksum_mismatch(data: bytes) -> bool | None:
-    """Whether the checksum at the end of a checkpoint belongs to other bytes; None if there is no checksum."""
-    body, seal = memoryview(data)[:-CHECKSUM_SIZE], data[-CHECKSUM_SIZE:]
-    return seal != CHECKSUM + hashlib.sha256(body).hexdigest().encode() if seal.startswith(CHECKSUM) else None
+def append_checksum(buffer: io.BytesIO) -> None:
+    """Append to a zip archive its own SHA-256, as the archive's comment."""
+    with buffer.getbuffer() as archive:
+        archive[-2:] = CHECKSUM_SIZE.to_bytes(2, "little")  # a zip archive ends with the length of its comment
+        checksum = CHECKSUM + hashlib.sha256(archive).hexdigest().encode()
+    buffer.seek(0, io.SEEK_END)
+    buffer.write(checksum)
+
+
+def has_valid_checksum(data: bytes) -> bool:
+    """Whether the bytes of a file end with the SHA-256 of all preceding bytes."""
+    body = memoryview(data)[:-CHECKSUM_SIZE]
+    return data[-CHECKSUM_SIZE:] == CHECKSUM + hashlib.sha256(body).hexdigest().encode()
 
 
 def read_checkpoint(path: str | Path) -> dict:
-    """A checkpoint of ours as Lightning saved it, on the CPU, each byte checked against the file's checksum.
+    """Read a checkpoint of this package onto the CPU, with all bytes checked against the file's checksum.
+
+    Quantized weights are returned in floating point.
 
     Raises:
-        ValueError: the file is damaged, carries code, or is not a checkpoint of this package; where another one is
-            good, the message names it.
+        ValueError: the file is damaged, contains more than plain data, or is not a checkpoint of this package; the
+            message names the newest valid checkpoint, if there is one.
     """
     try:
         return read_verified(Path(path))
@@ -128,127 +138,124 @@ def read_checkpoint(path: str | Path) -> dict:
 
 
 def checkpoint_summary(path: Path) -> tuple[int, float, dict] | None:
-    """A checkpoint's step, its val/loss (nan without one) and the settings of the text that it was measured on.
+    """A checkpoint's step, its val/loss (NaN if it has none) and the settings of its text; None if it can't be read.
 
-    Weights and checksum are not read, so it takes milliseconds; None where the file says nothing of the kind.
+    The weights and the checksum are not read, so this takes milliseconds.
     """
     try:
         with zipfile.ZipFile(path) as archive:
             if any(part.file_size > 2**24 for part in archive.infolist() if part.filename.endswith("data.pkl")):
                 return None
-        saved = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        data = {name: saved["datamodule_hyper_parameters"].get(name) for name in TEXT_SETTINGS}
-        return int(saved["global_step"]), float(saved.get("val_loss", math.nan)), data
-    except Exception:  # whatever a damaged or hostile file makes the reader say
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        data = {name: checkpoint["datamodule_hyper_parameters"].get(name) for name in TEXT_SETTINGS}
+        return int(checkpoint["global_step"]), float(checkpoint.get("val_loss", math.nan)), data
+    except Exception:  # a damaged or hostile file can raise anything
         return None
 
 
 def is_valid(path: Path) -> bool:
+    """Whether `read_verified` accepts the file."""
     with suppress(ValueError, OSError):
         return bool(read_verified(path))
     return False
 
 
 def read_verified(path: Path) -> dict:
+    """As `read_checkpoint`, but the error message does not name another checkpoint."""
     data = path.read_bytes()
     if not data:
         raise ValueError(f"the checkpoint {path} is empty")
-    broken = checksum_mismatch(data)
     try:
-        with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            stored = sum(entry.file_size for entry in archive.infolist()) <= len(data)  # else nothing is unpacked
-            broken = broken or broken is None and stored and archive.testzip() is not None
-    except Exception:  # whatever half an archive makes the reader say
-        raise ValueError(f"{path} is not a checkpoint, or only a part of one: it is no complete archive") from None
-    if broken:
-        raise ValueError(f"the checkpoint {path} is damaged: its bytes are not those of its checksum")
-    try:
-        saved = read_plain(data)
-    except Exception as error:  # whatever a damaged or hostile file makes the reader say
-        reason = str(error).split("\n")[0][:200]
+        zipfile.ZipFile(io.BytesIO(data)).close()
+    except Exception:  # a truncated archive can raise anything
+        raise ValueError(f"{path} is not a checkpoint or is truncated: it is not a complete zip archive") from None
+    if not data[-CHECKSUM_SIZE:].startswith(CHECKSUM):
         raise ValueError(
-            f"the checkpoint {path} can't be read as plain data, so nothing was loaded: {reason}"
-        ) from None
-    parts = ("state_dict", "hyper_parameters", "datamodule_hyper_parameters")
-    if not isinstance(saved, dict) or any(not isinstance(saved.get(part), dict) for part in parts):
-        raise ValueError(f"{path} is a PyTorch file, but no checkpoint of lightning-gpt: it lacks {', '.join(parts)}")
-    made_by = saved.get("format", 1)
-    if type(made_by) is not int or made_by not in (1, FORMAT, QUANTIZED_FORMAT):
-        raise ValueError(
-            f"the checkpoint {path} has format {str(made_by)[:40]}, and this lightning-gpt reads up to "
-            f"{QUANTIZED_FORMAT}: install a newer one"
+            f"the checkpoint {path} was cut short or not written by lightning-gpt: its checksum is missing"
         )
-    if made_by != 1 and not data[-CHECKSUM_SIZE:].startswith(CHECKSUM):
-        raise ValueError(f"the checkpoint {path} is damaged: its checksum is missing")
+    if not has_valid_checksum(data):
+        raise ValueError(f"the checkpoint {path} is damaged: its bytes do not match its checksum")
     try:
-        dequantize(saved)
-        check_contents(saved)
+        checkpoint = read_plain(data)
+    except Exception as error:  # a damaged or hostile file can raise anything
+        reason = str(error).split("\n")[0][:200]
+        raise ValueError(f"the checkpoint {path} can't be read as plain data and was not loaded: {reason}") from None
+    parts = ("state_dict", "hyper_parameters", "datamodule_hyper_parameters")
+    if not isinstance(checkpoint, dict) or any(not isinstance(checkpoint.get(part), dict) for part in parts):
+        raise ValueError(f"{path} is a PyTorch file, but not a lightning-gpt checkpoint, which has {', '.join(parts)}")
+    file_format = checkpoint.get("format")
+    if type(file_format) is not int or file_format not in (FORMAT, QUANTIZED_FORMAT):
+        raise ValueError(
+            f"the checkpoint {path} has format {short_repr(file_format)}, and this lightning-gpt reads only {FORMAT} "
+            f"and {QUANTIZED_FORMAT}: install the version that wrote it"
+        )
+    try:
+        dequantize(checkpoint)
+        check_contents(checkpoint)
     except ValueError as error:
         raise ValueError(f"the checkpoint {path} does not fit this version of lightning-gpt: {error}") from None
-    return saved
+    return checkpoint
 
 
 def read_plain(data: bytes) -> Any:
-    """What `torch.save` wrote, if that is plain values and dense tensors and takes no more room than `data`.
+    """Load the bytes of a `torch.save` file that holds only plain values and dense tensors, no larger than the file.
 
     Raises:
-        Exception: of whatever kind, if it is something else.
+        Exception: of any type, if the file holds anything else.
     """
     check_archive(data)
-    saved = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    check_plain(saved, len(data))
-    return saved
+    loaded = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    check_plain(loaded, len(data))
+    return loaded
 
 
-def dequantize(saved: dict) -> None:
-    """Turn weights of one byte, as `quantize` writes them, into floating-point numbers, in place.
+def dequantize(checkpoint: dict) -> None:
+    """Replace the int8 weights that `quantize` writes by floating-point weights, in place, and drop their scales.
 
     Raises:
-        ValueError: a scale is not one number for each row of such a weight.
+        ValueError: a weight with a scale is not a matrix, or its scale does not have one value per row.
     """
-    weights = saved["state_dict"] = dict(saved["state_dict"])  # without what else a state_dict of torch's carries
-    scales = saved.pop("scales", {})
+    weights = checkpoint["state_dict"] = dict(checkpoint["state_dict"])  # a copy, without torch's _metadata
+    scales = checkpoint.pop("scales", {})
     for name, scale in scales.items() if isinstance(scales, dict) else [(None, None)]:
         w = weights.get(name)
         if isinstance(w, Tensor) and isinstance(scale, Tensor) and w.dim() == 2 and scale.shape == w.shape[:1]:
             weights[name] = w * scale[:, None]
         else:
-            raise ValueError(f"the scale of {str(name)[:40]!r} is not one number for each row of it")
+            raise ValueError(f"the scale of {str(name)[:40]!r} does not have one value for each row")
 
 
 def load_net(path: str | Path, device: str | torch.device = "cpu") -> tuple[GPT | LectureModel, Tokenizer]:
-    """The net and the tokenizer of a checkpoint, ready to sample from, in float32 on `device`."""
-    saved = read_checkpoint(path)
-    sizes, weights = saved["hyper_parameters"], saved["state_dict"]
+    """The net of a checkpoint, in evaluation mode and float32 on `device`, and its tokenizer."""
+    checkpoint = read_checkpoint(path)
+    settings, weights = checkpoint["hyper_parameters"], checkpoint["state_dict"]
     with torch.device(device):
-        net = build_net(sizes)
-    prefix = "ema_net." if sizes.get("ema_decay") else "net."  # the average is what was validated
+        net = build_net(settings)
+    prefix = "ema_net." if settings["ema_decay"] else "net."  # val/loss is of the weight average
     net.load_state_dict({k.removeprefix(prefix): w for k, w in weights.items() if k.startswith(prefix)})
-    return net.eval(), build_from_state(
-        saved["datamodule_hyper_parameters"], sizes.get("vocab_size", GPTConfig.vocab_size)
-    )
+    return net.eval(), build_from_state(checkpoint["datamodule_hyper_parameters"], settings["vocab_size"])
 
 
 def atomic_write(path: str | Path, data: bytes) -> None:
-    """Save so that under `path` there is a whole file at any moment, the one before or this one.
+    """Write a file atomically: `path` is a complete file at all times, either the previous one or the new one.
 
-    A link stays a link. What is no regular file, a device or a pipe, is written to and not replaced.
+    A symbolic link is kept and its target replaced. A device or a pipe is written to, not replaced.
 
     Raises:
-        OSError: it can't be written; a regular file that was there before still is.
+        OSError: the file can't be written; a previous regular file is unchanged.
     """
     path = Path(os.path.realpath(path))
     if path.exists() and not path.is_file():
         path.write_bytes(data)
         return
-    draft = path.with_name(f".draft.{os.getpid()}")  # beside it: only inside a file system a move is atomic
+    tmp = path.with_name(f"{TMP_PREFIX}{os.getpid()}")  # renaming is atomic only within a file system
     try:
-        with open(draft, "wb") as file:
+        with open(tmp, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
         if path.exists():
-            shutil.copymode(path, draft)
-        os.replace(draft, path)
+            shutil.copymode(path, tmp)
+        os.replace(tmp, path)
     finally:
-        draft.unlink(missing_ok=True)
+        tmp.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""int8 checkpoints: one byte per weight and a scale per row."""
+"""int8 checkpoints: matrices in int8 with one scale per row."""
 
 from pathlib import Path
 
@@ -9,29 +9,29 @@ from .validation import VERSION_KEY
 
 
 def quantize(ckpt_path: str = "best", output: str = "small.ckpt") -> None:
-    """Write a checkpoint's net alone, one byte a weight: for speaking and scoring, not for going on with training.
+    """Write a checkpoint's net in int8, without the optimizer's state: to generate and score, not to resume training.
 
-    Each row of a matrix becomes int8 values and one scale. `generate`, `score` and `validate` read such a file like any
-    other.
+    Each matrix is stored as int8 values with one float32 scale per row. `generate`, `score` and `validate` read such
+    files as any other checkpoint.
 
     Args:
-        ckpt_path: the checkpoint to take; best or last is the newest file of that name below checkpoints/.
+        ckpt_path: the checkpoint to quantize; best or last is the newest file of that name below checkpoints/.
         output: the file to write.
     """
     path = find_checkpoint(ckpt_path)
     check_regular_file(Path(output))
-    saved = read_checkpoint(path)
-    prefix = "ema_net." if saved["hyper_parameters"].get("ema_decay") else "net."
+    checkpoint = read_checkpoint(path)
+    prefix = "ema_net." if checkpoint["hyper_parameters"]["ema_decay"] else "net."
     weights, scales = {}, {}
-    for name, w in saved["state_dict"].items():
+    for name, w in checkpoint["state_dict"].items():
         if name.startswith(prefix):
             name = "net." + name.removeprefix(prefix)
             weights[name] = w.float()
             if w.dim() == 2:
                 scales[name] = w.float().abs().amax(1).clamp(min=1e-30) / 127
                 weights[name] = (w.float() / scales[name][:, None]).round().to(torch.int8)
-    kept = {key: value for key, value in saved.items() if key in ("epoch", "global_step", "config", VERSION_KEY)}
-    kept |= {part: saved[part] for part in ("hyper_parameters", "datamodule_hyper_parameters")}
-    kept["hyper_parameters"] = saved["hyper_parameters"] | {"ema_decay": 0.0}  # the average is the net now
+    kept = {key: value for key, value in checkpoint.items() if key in ("epoch", "global_step", "config", VERSION_KEY)}
+    kept["datamodule_hyper_parameters"] = checkpoint["datamodule_hyper_parameters"]
+    kept["hyper_parameters"] = checkpoint["hyper_parameters"] | {"ema_decay": 0.0}  # the average is the only net now
     write_checkpoint(kept | {"state_dict": weights, "scales": scales}, output)
     print(f"{path} of {path.stat().st_size:,} bytes became {output} of {Path(output).stat().st_size:,}")

@@ -1,6 +1,6 @@
-"""Checks of a checkpoint's contents against what the file says of itself, before anything is built. Torch only.
+"""Checks that the contents of a checkpoint are plain data and match its settings, before a net is built.
 
-A stranger can write a file whose checksum is right. Each check takes time and memory in proportion to the file's size.
+A hostile file can have a valid checksum. Time and memory of each check are proportional to the size of the file.
 """
 
 import io
@@ -15,18 +15,18 @@ from typing import Any, Literal, get_args, get_origin
 import torch
 from torch import Tensor
 
-from ..data.tokenizers import build_from_state
+from ..data.tokenizers import TOKENIZER_TYPES, build_from_state
 from ..model.gpt import GPTConfig
 from ..model.lecture import LECTURE_STEPS, build_net
 
-MAX_VALUES, MAX_DEPTH = 300_000, 50  # of all that is in a file, and how deeply it may be nested
-MAX_PICKLE_OPS = 2_000_000  # of the pickle in it; a thousand blocks with Adam's moments take most of them
-MAX_TEXT = 2**24  # characters of its config, and of each of its texts
-MAX_AUGMENTATION = 1000  # of the training text with other names, which are made before training
-MAX_INT = 2**53  # of a whole number; a float still tells it from its neighbours
-VERSION_KEY = "pytorch-lightning_version"  # of who saved it; Lightning asks for it
+MAX_VALUES, MAX_DEPTH = 300_000, 50  # values in a file, and how deeply they are nested
+MAX_PICKLE_OPS = 2_000_000  # a thousand blocks with Adam's moments take most of these
+MAX_TEXT = 2**24  # characters of the config and of each string setting
+MAX_AUGMENTATION = 1000  # copies of the training text, which are made before training
+MAX_INT = 2**53  # a float represents all integers up to this
+VERSION_KEY = "pytorch-lightning_version"  # Lightning refuses checkpoints without it
 
-# what a pickle may name: plain containers, dense tensors and what these are made of
+# globals that a pickle may refer to: plain containers, dense tensors and their parts
 PLAIN_GLOBALS = re.compile(
     r"collections (OrderedDict|Counter)|(builtins|__builtin__) (set|complex)|_codecs encode"
     r"|torch (Size|device|bool|bfloat16|float\d+\w*|u?int\d+|complex\d+)"
@@ -35,11 +35,10 @@ PLAIN_GLOBALS = re.compile(
 )
 PLAIN_SCALARS = (str, int, float, bool, complex, bytes, type(None), torch.dtype, torch.device)
 FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-CHECKPOINT_TOKENIZERS = ("char", "byte", "bpe", "gpt2", "ids", None)
 
 
 def short_repr(value: Any) -> str:
-    """A value for a message, never looked through: it may have no end."""
+    """A value for a message; of a container only the type, as it may be endless."""
     if isinstance(value, int) and abs(value) > MAX_INT**2:
         return f"a number of {value.bit_length()} bits"
     if isinstance(value, (bool, int, float, str, type(None))):
@@ -48,12 +47,12 @@ def short_repr(value: Any) -> str:
 
 
 def check_archive(data: bytes) -> None:
-    """Raises ValueError for an archive that is larger unpacked, or whose pickle asks for more than plain data."""
+    """Raises ValueError if a zip archive would unpack to more than its size, or if its pickle is not plain data."""
     with zipfile.ZipFile(io.BytesIO(data)) as archive:
         entries = archive.infolist()
         packed = any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
         if packed or sum(entry.file_size for entry in entries) > len(data) or data[:4] != b"PK\3\4":
-            raise ValueError("its archive holds more than its bytes")
+            raise ValueError("its archive is compressed, or would unpack to more than its size")
         pickles = [entry for entry in entries if entry.filename.lower().endswith(".pkl")]
         if len(pickles) != 1:
             raise ValueError(f"its archive holds {len(pickles)} pickles, not one")
@@ -61,12 +60,12 @@ def check_archive(data: bytes) -> None:
             if n > MAX_PICKLE_OPS:
                 raise ValueError(f"it takes more than {MAX_PICKLE_OPS:,} operations to read")
             if operation.name in ("GLOBAL", "STACK_GLOBAL", "INST") and not PLAIN_GLOBALS.fullmatch(str(argument)):
-                raise ValueError(f"Unsupported: it names {str(argument).replace(' ', '.')[:100]}")
+                raise ValueError(f"Unsupported: it refers to {str(argument).replace(' ', '.')[:100]}")
 
 
-def check_plain(saved: Any, size: int) -> None:
-    """Raises ValueError unless all is plain values and dense tensors on the CPU, of about `size` bytes in all."""
-    stack, seen, held = [(saved, 0)], 0, 0
+def check_plain(loaded: Any, size: int) -> None:
+    """Raises ValueError unless all of `loaded` is plain values and dense CPU tensors, of about `size` bytes."""
+    stack, seen, tensor_bytes = [(loaded, 0)], 0, 0
     while stack:
         value, depth = stack.pop()
         seen += 1
@@ -74,144 +73,140 @@ def check_plain(saved: Any, size: int) -> None:
             raise ValueError(f"it nests deeper than {MAX_DEPTH} levels or holds more than {MAX_VALUES:,} values")
         if isinstance(value, Tensor):
             if type(value) not in (Tensor, torch.nn.Parameter) or value.is_nested or value.is_quantized:
-                raise ValueError("it holds a tensor that is nested, quantized or of a class of its own")
+                raise ValueError("it holds a nested or quantized tensor, or a subclass of Tensor")
             if value.layout is not torch.strided or value.device.type != "cpu":
                 raise ValueError(f"it holds a tensor that is {value.layout} on {value.device}, not dense on the CPU")
-            held += (n := value.numel() * value.element_size())
-            if n > value.untyped_storage().nbytes() or held > 3 * size + 2**20:  # tied weights stand in it twice
-                raise ValueError("its tensors hold more than its bytes")
+            tensor_bytes += (n := value.numel() * value.element_size())
+            if n > value.untyped_storage().nbytes() or tensor_bytes > 3 * size + 2**20:  # tied weights count twice
+                raise ValueError("its tensors are larger than the file")
         elif isinstance(value, (dict, OrderedDict, Counter)):
-            stack += [(key, depth + 1) for key in value] + [(one, depth + 1) for one in value.values()]
+            stack += [(key, depth + 1) for key in value] + [(item, depth + 1) for item in value.values()]
         elif isinstance(value, (list, tuple, set)):
-            stack += [(one, depth + 1) for one in value]
+            stack += [(item, depth + 1) for item in value]
         elif type(value) not in PLAIN_SCALARS:
             raise ValueError(f"it holds a {type(value).__name__}")
         elif isinstance(value, str) and not value.isascii() and any("\ud800" <= c <= "\udfff" for c in value):
-            raise ValueError("it holds a text with half a character (a surrogate)")
+            raise ValueError("it holds a string with half a character (a lone surrogate)")
         elif isinstance(value, int) and value.bit_length() > 64:
             raise ValueError(f"it holds a number of {value.bit_length()} bits")
 
 
 def is_number(value: Any) -> bool:
+    """Whether a value is a finite float, or an integer of at most MAX_INT in size; bools are not."""
     return type(value) is float and math.isfinite(value) or type(value) is int and abs(value) <= MAX_INT
 
 
-def matches_type(value: Any, kind: Any) -> bool:
-    if get_origin(kind) is Literal:
-        return isinstance(value, str) and value in get_args(kind)
-    return is_number(value) if kind is float else type(value) is kind and (kind is not int or abs(value) <= MAX_INT)
+def matches_type(value: Any, hint: Any) -> bool:
+    """Whether a value has the type of a field of GPTConfig, a class or a Literal of strings; a float may be an int."""
+    if get_origin(hint) is Literal:
+        return isinstance(value, str) and value in get_args(hint)
+    return is_number(value) if hint is float else type(value) is hint and (hint is not int or abs(value) <= MAX_INT)
 
 
-def check_settings(settings: dict, what: str) -> None:
-    """Raises ValueError unless these are names with plain values, or with a few of them in a row."""
+def check_settings(settings: dict, group: str) -> None:
+    """Raises ValueError unless all names are strings and all values None, bools, strings, numbers or short lists."""
     for name, value in settings.items():
-        for one in value if isinstance(value, (list, tuple)) and len(value) <= 16 else [value]:
-            if not isinstance(name, str) or not (one is None or isinstance(one, (bool, str)) or is_number(one)):
-                raise ValueError(f"{what}.{str(name)[:40]} is {short_repr(value)}, which no setting can be")
-            if isinstance(one, str) and len(one) > MAX_TEXT:
-                raise ValueError(f"{what}.{name} has {len(one):,} characters")
+        for item in value if isinstance(value, (list, tuple)) and len(value) <= 16 else [value]:
+            if not isinstance(name, str) or not (item is None or isinstance(item, (bool, str)) or is_number(item)):
+                raise ValueError(f"{group}.{str(name)[:40]} is {short_repr(value)}, which is not a plain value")
+            if isinstance(item, str) and len(item) > MAX_TEXT:
+                raise ValueError(f"{group}.{name} has {len(item):,} characters, more than {MAX_TEXT:,}")
 
 
-def expected_shapes(sizes: dict, most: int) -> dict[str, tuple[int, ...]]:
-    """The weights of the net that settings describe, by name; it is not built.
+def expected_shapes(settings: dict, max_blocks: int) -> dict[str, tuple[int, ...]]:
+    """The shapes by name of the weights of a net; at most one of its blocks is built, without memory.
 
     Args:
-        sizes: GPTConfig's settings, and lecture_step.
-        most: weights that there are in the file, so no net has more blocks.
+        settings: GPTConfig's fields, and lecture_step.
+        max_blocks: number of weights in the file, which bounds the number of blocks.
     Raises:
-        ValueError: a setting has a wrong type or value, or there can be no such net.
+        ValueError: a setting is missing or has a wrong type or value, or the settings contradict each other.
     """
     for field in fields(GPTConfig):
-        if field.name in sizes and not matches_type(sizes[field.name], field.type):
-            raise ValueError(f"{field.name} is {short_repr(sizes[field.name])}")
-    lecture_step = sizes.get("lecture_step")
+        if field.name not in settings:
+            raise ValueError(f"{field.name} is missing")
+        if not matches_type(settings[field.name], field.type):
+            raise ValueError(f"{field.name} is {short_repr(settings[field.name])}")
+    lecture_step = settings.get("lecture_step")  # the packaged checkpoint does not have it
     if lecture_step is not None and (not isinstance(lecture_step, str) or lecture_step not in LECTURE_STEPS):
         raise ValueError(f"lecture_step is {short_repr(lecture_step)}")
-    told = {field.name: sizes.get(field.name, field.default) for field in fields(GPTConfig)}
-    n_layer = 1 if lecture_step is not None and "n_layer" in LECTURE_STEPS[lecture_step].fixed else told["n_layer"]
-    for name, blocks in {"n_layer": n_layer, "n_head": 0 if lecture_step is None else told["n_head"]}.items():
-        if blocks > most:
-            raise ValueError(f"{name}={told[name]} takes more weights than the {most} that are there")
-    if told["ngram_max"] > 1024 or told["block_size"] * told["n_embd"] > 2**36:  # neither shows in the weights' shapes
-        raise ValueError(
-            f"ngram_max={told['ngram_max']} or block_size={told['block_size']} is beyond what a net can use"
-        )
+    n_layer = 1 if lecture_step is not None and "n_layer" in LECTURE_STEPS[lecture_step].fixed else settings["n_layer"]
+    for name, blocks in {"n_layer": n_layer, "n_head": 0 if lecture_step is None else settings["n_head"]}.items():
+        if blocks > max_blocks:
+            raise ValueError(f"{name}={settings[name]} takes more weights than the {max_blocks} in the file")
+    # the shapes of the weights need not bound these
+    if settings["ngram_max"] > 1024 or settings["block_size"] * settings["n_embd"] > 2**36:
+        raise ValueError(f"ngram_max={settings['ngram_max']} or block_size={settings['block_size']} is too large")
     try:
         with torch.device("meta"):
-            net = build_net(sizes | ({"n_layer": 1} if n_layer > 1 else {}))  # all blocks are alike
+            net = build_net(settings | ({"n_layer": 1} if n_layer > 1 else {}))  # all blocks have the same shapes
     except (RuntimeError, TypeError, OverflowError) as error:
-        raise ValueError(f"no net has these sizes: {' '.join(str(error).split())[:100]}") from None
+        raise ValueError(f"no net can have these settings: {' '.join(str(error).split())[:100]}") from None
     shapes = {name: tuple(w.shape) for name, w in net.state_dict().items()}
     first = {name.removeprefix("h.0."): shape for name, shape in shapes.items() if name.startswith("h.0.")}
-    more = range(1, n_layer)
-    return shapes | {f"h.{i}.{name}": shape for i in more for name, shape in first.items()}
+    return shapes | {f"h.{i}.{name}": shape for i in range(1, n_layer) for name, shape in first.items()}
 
 
-def check_weights(weights: dict, sizes: dict) -> None:
-    """Raises ValueError unless the weights are those of the net that settings describe: names, shapes and numbers."""
-    decay = sizes.get("ema_decay", 0.0)
+def check_weights(weights: dict, settings: dict) -> None:
+    """Raises ValueError unless the weights have the names and shapes that the settings give, and finite values."""
+    decay: Any = settings.get("ema_decay")
     if not is_number(decay) or not 0 <= decay < 1:
         raise ValueError(f"ema_decay is {short_repr(decay)}")
-    shapes = expected_shapes(sizes, len(weights))
+    shapes = expected_shapes(settings, len(weights))
     prefixes = ("net.", "ema_net.") if decay else ("net.",)
-    wanted = {prefix + name: shape for prefix in prefixes for name, shape in shapes.items()}
-    for name in wanted:
+    expected = {prefix + name: shape for prefix in prefixes for name, shape in shapes.items()}
+    for name in expected:
         if name not in weights:
             raise ValueError(f"the weight {name} is missing")
     for name, w in weights.items():
-        if name not in wanted:
-            raise ValueError(f"the weight {short_repr(name)} is none of this net's")
+        if name not in expected:
+            raise ValueError(f"the weight {short_repr(name)} does not belong to this net")
         if not isinstance(w, Tensor) or w.dtype not in FLOAT_DTYPES:
-            raise ValueError(f"the weight {name} is no tensor of floating-point numbers")
-        if tuple(w.shape) != wanted[name]:
-            raise ValueError(f"the weight {name} is {tuple(w.shape)}, and the settings make it {wanted[name]}")
+            raise ValueError(f"the weight {name} is not a floating-point tensor")
+        if tuple(w.shape) != expected[name]:
+            raise ValueError(f"the weight {name} is {tuple(w.shape)}, and the settings make it {expected[name]}")
         if not w.isfinite().all():
-            raise ValueError("has weights that are no numbers: its training diverged")
-    for prefix in prefixes if sizes.get("tie_embeddings") else ():
+            raise ValueError(f"the weight {name} is NaN or infinite: training diverged")
+    for prefix in prefixes if settings["tie_embeddings"] else ():
         if not torch.equal(weights[f"{prefix}lm_head.weight"], weights[f"{prefix}wte.weight"]):
-            raise ValueError("the head is tied to the embedding, and differs from it")
+            raise ValueError("tie_embeddings is true, and lm_head.weight differs from wte.weight")
 
 
 def check_tokenizer(data: dict, vocab_size: int) -> None:
     """Raises ValueError unless the settings describe a tokenizer of `vocab_size` tokens."""
-    kind, words = data.get("tokenizer"), data.get("vocabulary")
-    tokens = data.get("token_files")
-    if (
-        kind not in CHECKPOINT_TOKENIZERS
-        or not isinstance(words, (str, type(None)))
-        or not isinstance(tokens, (str, type(None)))
-    ):
-        raise ValueError(f"the tokenizer is {short_repr(kind)} with the vocabulary {short_repr(words)}")
-    if data.get("on_unknown") not in ("error", "drop", "replace", "extend", None):
-        raise ValueError(f"data.on_unknown is {short_repr(data['on_unknown'])}")
-    kind = kind or ("ids" if tokens else "char")
-    if kind in ("char", "bpe") and words is None:
+    kind, vocabulary = data.get("tokenizer"), data.get("vocabulary")
+    strings = vocabulary, data.get("token_files")
+    if kind not in TOKENIZER_TYPES.values() or not all(isinstance(value, (str, type(None))) for value in strings):
+        raise ValueError(f"the tokenizer is {short_repr(kind)} with the vocabulary {short_repr(vocabulary)}")
+    if data.get("on_unknown") not in ("error", "drop", "replace", "extend"):
+        raise ValueError(f"data.on_unknown is {short_repr(data.get('on_unknown'))}")
+    if kind in ("char", "bpe") and vocabulary is None:
         raise ValueError(f"the tokenizer is {kind}, without a vocabulary")
-    if kind == "char" and words is not None and len(set(words)) != len(words):
+    if kind == "char" and vocabulary is not None and len(set(vocabulary)) != len(vocabulary):
         raise ValueError("the vocabulary has a character twice")
-    if (known := len(build_from_state(data, vocab_size))) != vocab_size:
-        raise ValueError(f"the vocabulary has {known} tokens, and the net has {vocab_size}")
+    if (size := len(build_from_state(data, vocab_size))) != vocab_size:
+        raise ValueError(f"the vocabulary has {size} tokens, and the net has {vocab_size}")
 
 
-def check_contents(saved: dict) -> None:
-    """Raises ValueError unless the weights and the vocabulary are what the settings say, and all is in its range."""
-    sizes, data = saved["hyper_parameters"], saved["datamodule_hyper_parameters"]
-    check_settings(sizes, "model")
+def check_contents(checkpoint: dict) -> None:
+    """Raises ValueError unless the weights and the vocabulary match the settings, and all values are in range."""
+    settings, data = checkpoint["hyper_parameters"], checkpoint["datamodule_hyper_parameters"]
+    check_settings(settings, "model")
     check_settings(data, "data")
-    check_weights(saved["state_dict"], sizes)
-    check_tokenizer(data, sizes.get("vocab_size", GPTConfig.vocab_size))
+    check_weights(checkpoint["state_dict"], settings)
+    check_tokenizer(data, settings["vocab_size"])
     if not matches_type(copies := data.get("name_augmentation", 0), int) or not 0 <= copies <= MAX_AUGMENTATION:
-        raise ValueError(f"data.name_augmentation is {short_repr(copies)}, not a number up to {MAX_AUGMENTATION}")
-    seed = sizes.get("seed")
+        raise ValueError(f"data.name_augmentation is {short_repr(copies)}, not an integer from 0 to {MAX_AUGMENTATION}")
+    seed = settings.get("seed")
     if type(seed) is not int or not 0 <= seed < 2**32:
-        raise ValueError(f"seed is {short_repr(seed)}, not a number from 0 to 2^32")
+        raise ValueError(f"seed is {short_repr(seed)}, not an integer from 0 to 2^32 - 1")
     for name in "epoch", "global_step":
-        if not matches_type(step := saved.get(name, 0), int) or step < 0:
+        if not matches_type(step := checkpoint.get(name, 0), int) or step < 0:
             raise ValueError(f"{name} is {short_repr(step)}")
-    if type(saved.get("val_loss", 0.0)) not in (float, int, type(None)):
-        raise ValueError(f"val_loss is {short_repr(saved['val_loss'])}")
-    if not isinstance(config := saved.get("config", ""), str) or len(config) > MAX_TEXT:
-        raise ValueError(f"the config is no text, or longer than {MAX_TEXT:,} characters")
-    version = saved.get(VERSION_KEY)
+    if type(checkpoint.get("val_loss", 0.0)) not in (float, int, type(None)):
+        raise ValueError(f"val_loss is {short_repr(checkpoint['val_loss'])}")
+    if not isinstance(config := checkpoint.get("config", ""), str) or len(config) > MAX_TEXT:
+        raise ValueError(f"the config is not a string, or longer than {MAX_TEXT:,} characters")
+    version = checkpoint.get(VERSION_KEY)
     if not isinstance(version, str) or not re.fullmatch(r"[2-9]\.\d{1,4}(\.\d{1,4})?([a-z.+]\w{0,30})*", version):
         raise ValueError(f"{VERSION_KEY} is {short_repr(version)}")

@@ -1,4 +1,4 @@
-"""lightning-gpt generate and score: text from a checkpoint, and how likely it finds a text. Torch only, to be quick."""
+"""lightning-gpt generate and score. Lightning is not imported, so that they start quickly."""
 
 import json as json_format
 import math
@@ -26,12 +26,12 @@ from ..inference.text import (
 from ..model.gpt import GPT
 from ..model.lecture import LectureModel
 
-MAX_COMPARED = 50  # newest best.ckpt among which a better one is named
+MAX_COMPARED = 50  # newest best.ckpt files that are searched for a lower val/loss
 SEPARATOR = "\n" + "-" * 40 + "\n"  # between two samples
 
 
 def read_input(file: str, tokenizer: Tokenizer) -> str:
-    """The text of a UTF-8 file, or of stdin for `-`, read as training reads one."""
+    """The text of a UTF-8 file, or of stdin for `-`, with newlines normalized as in training."""
     return read_text(file, keep_returns="\r" in tokenizer.vocabulary)
 
 
@@ -43,17 +43,17 @@ def load_with_path(
 
 
 def describe_checkpoint(path: str | Path, asked: str = "") -> str:
-    """Which checkpoint it is, of what step and val/loss, and which better one was not taken for `best` or `last`."""
+    """The path, step and val/loss of a checkpoint and, if `asked` is best or last, a better one of its text."""
     if asked == "best" and Path(path).resolve() == PACKAGED_CHECKPOINT.resolve():
-        return f"no run below {RUNS_DIR}/ yet: this is {PACKAGED_CHECKPOINT.name}, which comes with the package"
+        return f"no run below {RUNS_DIR}/ yet: using {PACKAGED_CHECKPOINT.name}, which comes with the package"
     step, loss, data = checkpoint_summary(Path(path)) or (None, math.nan, {})
     line = relpath(path) + ("" if step is None else f", step {step:,}")
     line += f", val/loss {loss:.4f}" if math.isfinite(loss) else ""
     others = newest_first(RUNS_DIR.glob("**/best.ckpt")) if asked in ("best", "last") else []
-    found = [(facts, other) for other in others[:MAX_COMPARED] if (facts := checkpoint_summary(other))]
-    losses = [(least, other) for (_, least, on), other in found if least < loss and on == data]
-    if losses and (best := min(losses)):
-        line += f"; on the same text {relpath(best[1])} has {best[0]:.4f}: --ckpt_path takes it"
+    found = [(summary, other) for other in others[:MAX_COMPARED] if (summary := checkpoint_summary(other))]
+    lower = [(val_loss, other) for (_, val_loss, on), other in found if val_loss < loss and on == data]
+    if lower and (best := min(lower)):
+        line += f"; on the same text {relpath(best[1])} has {best[0]:.4f}: use it with --ckpt_path"
     return line
 
 
@@ -78,42 +78,42 @@ def generate_command(
     device: str = "auto",
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
 ) -> None:
-    """Write text from a checkpoint, character by character as it comes.
+    """Generate text from a checkpoint and print it as it is generated.
 
     Args:
-        ckpt_path: checkpoint to sample from; best or last is the newest file of that name below checkpoints/. Where no
-            run has left one yet, best is a small net that comes with the package.
-        prompt: the text to go on from; null is a new line, or the first character of a vocabulary without one.
+        ckpt_path: checkpoint to sample from; best or last is the newest file of that name below checkpoints/. Until a
+            run has saved one, best is a small net that comes with the package.
+        prompt: the text to continue; null is a newline, or the vocabulary's first character if it has no newline.
         prompt_file: a file with the prompt; - is stdin.
-        max_new_tokens: characters to write.
-        temperature: below 1 safer, above 1 wilder; 0 takes the likeliest character.
-        top_k: draw among the k likeliest characters only; null draws from all.
-        top_p: draw among the likeliest characters that together have this share of the odds.
-        min_p: draw among characters at least this share as likely as the likeliest.
-        repetition_penalty: above 1 makes characters that are in the text already less likely.
-        stop: a string before which a text ends, or several: ['THE END', '###'].
-        num_samples: texts to write, at once, each with dice of its own.
-        seed: another seed gives another text, the same one the same text.
-        context_shift: number of characters by which the context moves on once it is full; null is half the context,
-            which is fast; 1 recomputes the whole context for every character.
-        on_unknown: what to do with characters of the prompt that the net doesn't know.
-        interactive: ask for a prompt after a prompt; the net remembers what was said.
-        output: a file for the text, in place of the terminal.
-        json: write JSON, with text, tokens, log-probabilities and speed.
+        max_new_tokens: number of tokens to generate (characters, for a character tokenizer).
+        temperature: divides the logits; below 1 is safer, above 1 more varied, and 0 takes the likeliest token.
+        top_k: sample from the k likeliest tokens only; null samples from all.
+        top_p: sample from the smallest set of likeliest tokens whose probabilities add up to top_p.
+        min_p: sample from tokens with at least min_p times the probability of the likeliest.
+        repetition_penalty: above 1 makes tokens that already occur in the text less likely.
+        stop: a string before which a text ends, or a list of them: ['THE END', '###'].
+        num_samples: number of texts, generated in one batch, each with its own random generator.
+        seed: seeds the random generators; the same seed gives the same texts.
+        context_shift: tokens by which a full context is shifted; null is half the context, which is fast; 1 recomputes
+            the full context for every token.
+        on_unknown: whether characters of the prompt outside the vocabulary raise an error or are dropped.
+        interactive: ask for prompts repeatedly; each continues the text so far.
+        output: a file to write the text to instead of the terminal.
+        json: write JSON with text, tokens, log-probabilities and speed.
         device: auto, cpu, cuda, cuda:1, mps ...; auto takes the accelerator if there is one.
-        precision: auto is bfloat16 on CUDA, float32 elsewhere; on a CPU float16 writes twice as fast with larger nets.
+        precision: auto is bfloat16 on CUDA, float32 elsewhere; on a CPU, float16 is twice as fast for larger nets.
     """
     if num_samples < 1:
-        raise ValueError(f"num_samples={num_samples} must be 1 or more")
+        raise ValueError(f"num_samples={num_samples} must be at least 1")
     if prompt is not None and prompt_file is not None:
-        raise ValueError("give a prompt or a prompt_file, not both")
+        raise ValueError("set prompt or prompt_file, not both")
     if interactive and (json or output or prompt_file or num_samples > 1):
         raise ValueError("interactive writes one text to the terminal: no json, output, prompt_file or num_samples")
     if output and (Path(output).is_dir() or not Path(output).absolute().parent.is_dir()):
-        raise ValueError(f"output={output} can't be written: it is a folder, or lies in none")
+        raise ValueError(f"output={output} can't be written: it is a folder, or its folder does not exist")
     net, tokenizer, path = load_with_path(ckpt_path, device, precision)
     prompt = read_input(prompt_file, tokenizer) if prompt_file else prompt or ""
-    how: dict[str, Any] = {
+    sampling: dict[str, Any] = {
         "temperature": temperature,
         "top_k": top_k,
         "top_p": top_p,
@@ -122,35 +122,35 @@ def generate_command(
         "stop": stop or [],
         "context_shift": context_shift,
     }
-    which = describe_checkpoint(path, ckpt_path)
+    description = describe_checkpoint(path, ckpt_path)
     if interactive:
-        print_info(which)
-        run_interactive(net, tokenizer, prompt, max_new_tokens, seed, on_unknown, how)
+        print_info(description)
+        run_interactive(net, tokenizer, prompt, max_new_tokens, seed, on_unknown, sampling)
         return
     if on_unknown == "drop" and (unknown := tokenizer.unknown(prompt) if prompt else ""):
-        print_info(f"left out what this net doesn't know: {unknown[:40]!r}")
+        print_info(f"dropped characters that this net doesn't know: {unknown[:40]!r}")
     prompt = prepare_prompt(tokenizer, prompt, on_unknown)
     warn_if_truncated(net, tokenizer, prompt)
-    since, first, cut = time.perf_counter(), math.nan, False
-    settings = how | {"seed": seed, "logprobs": json}
-    written = complete(net, tokenizer, [prompt] * num_samples, max_new_tokens, **settings)
+    start, first, interrupted = time.perf_counter(), math.nan, False
+    settings = sampling | {"seed": seed, "logprobs": json}
+    updates = complete(net, tokenizer, [prompt] * num_samples, max_new_tokens, **settings)
     samples, shown, quiet = list[Completion](), 0, json or output
     try:
-        for samples in written:
+        for samples in updates:
             if not shown:
-                first = time.perf_counter() - since
-                print_info(which)
+                first = time.perf_counter() - start
+                print_info(description)
             shown = print_new_text(samples[0], shown, first_time=not shown) if not quiet else 1
     except KeyboardInterrupt:
-        cut = True
-    seconds = time.perf_counter() - since
+        interrupted = True
+    seconds = time.perf_counter() - start
     if json:
         count = sum(len(sample.tokens) for sample in samples)
         result = {
             "checkpoint": path,
             "device": str(next(net.parameters()).device),
             "precision": str(next(net.parameters()).dtype).removeprefix("torch."),
-            "settings": how | {"seed": seed, "max_new_tokens": max_new_tokens},
+            "settings": sampling | {"seed": seed, "max_new_tokens": max_new_tokens},
             "prompt": prompt,
             "samples": [
                 {
@@ -170,25 +170,25 @@ def generate_command(
         result_text = SEPARATOR.join(sample.prompt + sample.text for sample in samples)
     if output:
         atomic_write(output, f"{result_text}\n".encode())
-        print_info(f"{len(samples)} texts of {sum(len(s.text) for s in samples):,} characters are in {output}")
+        print_info(f"wrote {len(samples)} texts of {sum(len(s.text) for s in samples):,} characters to {output}")
     elif json:
         print(result_text)
     else:
         print("".join(SEPARATOR + sample.prompt + sample.text for sample in samples[1:]))
-    if cut:
+    if interrupted:
         sys.exit(130)
 
 
 def print_new_text(text: Completion, shown: int, first_time: bool) -> int:
-    """Print what of a text has come since; returns how much of it is printed now, the prompt counted in."""
-    sure = text.prompt + text.stable_text()
-    print(sure[0 if first_time else shown :], end="", flush=True)
-    return len(sure)
+    """Print what was added to a text; returns the number of characters printed so far, including the prompt."""
+    stable = text.prompt + text.stable_text()
+    print(stable[0 if first_time else shown :], end="", flush=True)
+    return len(stable)
 
 
 def warn_if_truncated(net: GPT | LectureModel, tokenizer: Tokenizer, prompt: str) -> None:
     if (n := len(tokenizer.encode(prompt))) > net.config.block_size:
-        print_info(f"the prompt has {n:,} tokens, and this net sees the last {net.config.block_size} of them")
+        print_info(f"the prompt has {n:,} tokens, but this net sees only the last {net.config.block_size} of them")
 
 
 def run_interactive(
@@ -198,13 +198,13 @@ def run_interactive(
     max_new_tokens: int,
     seed: int,
     on_unknown: Literal["error", "drop"],
-    how: dict,
+    sampling: dict,
 ) -> None:
-    """Ask for a line, go on with the text so far and that line, and so on until the end of input or Ctrl-C."""
+    """Read a line, append it to the text, continue the text; repeat until the end of input or Ctrl-C."""
     with suppress(ImportError):
-        import readline  # noqa: F401  # input() then has arrow keys and a history
+        import readline  # noqa: F401  # gives input() arrow keys and a history
     if sys.stdin.isatty():
-        print_info("type a line to go on from, Ctrl-C to cut an answer short, Ctrl-D to end")
+        print_info("type a line to continue from, Ctrl-C to stop an answer, Ctrl-D to quit")
     turn = 0
     while True:
         try:
@@ -219,7 +219,7 @@ def run_interactive(
             continue
         end = "" if tokenizer.unknown("\n") else "\n"
         history = prepare_prompt(tokenizer, history + line + end)
-        pieces, turn = stream(net, tokenizer, history, max_new_tokens, seed=seed + turn, **how), turn + 1
+        pieces, turn = stream(net, tokenizer, history, max_new_tokens, seed=seed + turn, **sampling), turn + 1
         try:
             for piece in pieces:
                 print(piece, end="", flush=True)
@@ -238,29 +238,29 @@ def score_command(
     json: bool = False,
     device: str = "auto",
 ) -> None:
-    """Say how likely a checkpoint finds a text, in nats and bits per character.
+    """Print the negative log-likelihood of a text under a checkpoint, in nats and bits per character.
 
     Args:
         text_file: a UTF-8 file; - is stdin.
         ckpt_path: the checkpoint; best or last is the newest file of that name below checkpoints/, or the small net
             that comes with the package.
-        stride: characters by which the window of block_size moves on; only new ones are counted. null is block_size,
-            windows side by side as in validate; a smaller one gives each character a longer past, and takes longer.
-        on_unknown: what to do with characters that the net doesn't know.
+        stride: tokens by which the window of block_size moves; each token is scored once. null is block_size: adjacent
+            windows, as in validate. A smaller stride gives tokens a longer context and takes longer.
+        on_unknown: whether characters outside the vocabulary raise an error or are dropped.
         json: print JSON.
         device: auto, cpu, cuda, cuda:1, mps ...; auto takes the accelerator if there is one.
     """
     net, tokenizer, path = load_with_path(ckpt_path, device, "float32")
     text = read_input(text_file, tokenizer)
     if on_unknown == "drop" and text and (unknown := tokenizer.unknown(text)):
-        print_info(f"left out what this net doesn't know: {unknown[:40]!r}")
+        print_info(f"dropped characters that this net doesn't know: {unknown[:40]!r}")
         text = prepare_prompt(tokenizer, text, "drop")
-    found = score(net, tokenizer, text, stride)
+    result = score(net, tokenizer, text, stride)
     print_info(describe_checkpoint(path, ckpt_path))
     if json:
-        print(json_format.dumps({"checkpoint": path, "stride": stride or net.config.block_size} | found._asdict()))
+        print(json_format.dumps({"checkpoint": path, "stride": stride or net.config.block_size} | result._asdict()))
         return
     print(
-        f"{found.nats_per_character:.4f} nats, {found.bits_per_character:.4f} bits per character "
-        f"({found.characters:,} of them, perplexity {found.perplexity:.3f}): {text_file} under {path}"
+        f"{result.nats_per_character:.4f} nats, {result.bits_per_character:.4f} bits per character "
+        f"({result.characters:,} of them, perplexity {result.perplexity:.3f}): {text_file} under {path}"
     )

@@ -1,4 +1,4 @@
-"""The argument parser: jsonargparse, with text taken literally and errors in one line."""
+"""The argument parser: jsonargparse, with text options taken literally and errors in one line."""
 
 import argparse
 import re
@@ -14,7 +14,7 @@ from ..errors import print_error
 
 
 class Dumper(yaml.SafeDumper):
-    """Puts quotes around 1e3, which is a number to jsonargparse and text to PyYAML."""
+    """Quotes strings such as 1e3, which jsonargparse reads as a number and PyYAML as a string."""
 
 
 FLOAT_WITH_EXPONENT = re.compile(r"[-+]?(\d[\d_]*\.?[\d_]*|\.[\d_]+)[eE][-+]?\d+")
@@ -24,32 +24,32 @@ jsonargparse.set_dumper("yaml", as_yaml)
 
 
 class LiteralText(str):
-    """Text to be taken to the letter: jsonargparse looks for YAML in plain strings only."""
+    """A string that is taken literally: jsonargparse parses YAML only in plain str."""
 
 
 def types_of(action: argparse.Action) -> set[Any]:
-    """The types that an option's value may have, None left out."""
+    """The types that an option accepts, without None."""
     hint = getattr(action, "_typehint", str)
     return set(get_args(hint) if type(None) in get_args(hint) or str in get_args(hint) else [hint]) - {type(None)}
 
 
 def is_text(action: argparse.Action) -> bool:
-    """Whether an option takes a text or a path and nothing else, but for null."""
+    """Whether an option accepts only a string or a path, apart from null."""
     types = types_of(action)
     return str in types and all(isinstance(t, type) and issubclass(t, (str, PurePath)) for t in types)
 
 
 def is_flag(action: argparse.Action | None) -> bool:
-    """Whether an option is true or false, or null."""
+    """Whether an option accepts only true and false, apart from null."""
     return action is not None and types_of(action) == {bool}
 
 
 class Parser(jsonargparse.ArgumentParser):
-    """Takes text to the letter and options by their full names, and says what is wrong in one line.
+    """Takes text options literally, requires full option names, and reports errors in one line.
 
-    Options that are true or false are flags: `--json`, `--no-json`.
+    Boolean options are flags: `--json`, `--no-json`.
 
-    jsonargparse reads every value as YAML, where `# 1`, `~` and nothing at all are null. Here only the word `null` is.
+    jsonargparse reads every value as YAML, where `# 1`, `~` and the empty string are null. Here only `null` is.
     """
 
     def __init__(self, *args, **kwargs) -> None:
@@ -58,12 +58,12 @@ class Parser(jsonargparse.ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         message = " ".join(message.split())
         if message.endswith("expected one argument"):
-            message += "; where it begins with a dash, it follows an equals sign, as in --prompt=-x"
+            message += "; for a value that begins with a dash, use an equals sign, as in --prompt=-x"
         print_error(message)
         sys.exit(2)
 
     def parse_args(self, args=None, *rest, **kwargs):  # type: ignore[override]
-        """As jsonargparse does; a class's own option, --trainer.callbacks.passage TEXT, may follow as its own word."""
+        """As jsonargparse does, but a class's own option also works without `=`: --trainer.callbacks.option VALUE."""
         joined: list[str] = []
         for arg in sys.argv[1:] if args is None else args:
             option = joined[-1] if joined else ""
@@ -76,20 +76,20 @@ class Parser(jsonargparse.ArgumentParser):
         for key, value in options.items():
             if isinstance(value, LiteralText):
                 options[key] = str(value)
-            counts = isinstance(value, int) or isinstance(value, float) and "batches" in key
-            if counts and abs(value) >= 2**63:
-                self.error(f"{key}={value} is beyond the numbers of 64 bits that PyTorch counts with")
+            is_count = isinstance(value, int) or isinstance(value, float) and "batches" in key
+            if is_count and abs(value) >= 2**63:
+                self.error(f"{key}={value} does not fit in 64 bits, the size of PyTorch's integers")
         return options
 
     def _parse_optional(self, arg_string):
         if arg_string.startswith("--no-") and is_flag(self._option_string_actions.get(f"--{arg_string[5:]}")):
             arg_string = f"--{arg_string[5:]}=false"
         found = super()._parse_optional(arg_string)
-        one = found[0] if isinstance(found, list) and found else found  # a list of one since Python 3.12
+        one = found[0] if isinstance(found, list) and found else found  # Python >= 3.12 returns a list of one
         if one and is_flag(one[0]):
-            one[0].nargs, one[0].const = "?", True  # --json; --json true and --json false work too
+            one[0].nargs, one[0].const = "?", True  # accept --json as well as --json true and --json false
         if one and hasattr(one[0], "_typehint") and one[-1] is not None and one[1] not in one[0].option_strings:
-            one = *one[:-1], LiteralText(one[-1])  # for an option of a class, whose own parser reads it
+            one = *one[:-1], LiteralText(one[-1])  # an option of a class, which its own parser reads
             return [one] if isinstance(found, list) else one
         return found
 
@@ -104,12 +104,12 @@ class Parser(jsonargparse.ArgumentParser):
             elif type(value) is str and types_of(action) == {list[str]}:
                 value = [value]
             if isinstance(value, str) and (is_text(action) or str in types_of(action) and is_yaml_null(value)):
-                return str(value)  # as it is in a config file, too: its strings are strings already
+                return str(value)  # also in a config file, whose strings are already parsed
         return super()._check_value_key(action, value, key, cfg, append)
 
 
 def literal_value(action: argparse.Action, value: str) -> str | list[str] | None:
-    """What a value on the command line stands for; jsonargparse is to read the rest, but no Text."""
+    """The parsed value of a text option or null; other values are returned as they are, for jsonargparse to parse."""
     if value == "null" and type(None) in get_args(action._typehint):  # type: ignore[attr-defined]
         return None
     if is_text(action):
@@ -119,12 +119,12 @@ def literal_value(action: argparse.Action, value: str) -> str | list[str] | None
     if value != "null" and is_yaml_null(value):
         if str in types_of(action):
             return LiteralText(value)
-        raise argparse.ArgumentError(action, f"{value!r} is no value; the word null, where it may be, stands for none")
+        raise argparse.ArgumentError(action, f"{value!r} is not a value; where an option may be unset, write null")
     return value
 
 
 def parse_list(action: argparse.Action, value: str) -> list[str]:
-    """One text, or several in brackets: YAML's list, without its types."""
+    """A single string, or a YAML list in brackets whose items all stay strings."""
     try:
         node = yaml.compose(value, yaml.BaseLoader) if value.startswith("[") and value.endswith("]") else None
     except yaml.YAMLError:
@@ -134,7 +134,7 @@ def parse_list(action: argparse.Action, value: str) -> list[str]:
     texts = [text.value for text in node.value]
     if len(texts) == 1 and node.value[0].style is None:
         raise argparse.ArgumentError(
-            action, f"{value} may be a text or a list of one: write ['{value}'] or ['{texts[0]}']"
+            action, f"{value} may be a string or a list of one: write ['{value}'] or ['{texts[0]}']"
         )
     return texts
 

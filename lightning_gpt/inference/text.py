@@ -1,4 +1,4 @@
-"""Text in, text out: what a net goes on with after a prompt, and how likely it finds a text. Torch only.
+"""Text generation and scoring with a net and its tokenizer; does not import Lightning.
 
 from lightning_gpt import generate, load
 
@@ -25,12 +25,12 @@ from ..model.gpt import GPT
 from ..model.lecture import LectureModel
 from .engine import stream_ids
 
-PACKAGED_CHECKPOINT = Path(__file__).parent / "shakespeare.ckpt"  # what speaks where nothing was trained yet
-MAX_GROUP = 32  # tokens that a GPU writes before the host looks at them
+PACKAGED_CHECKPOINT = Path(__file__).parent / "shakespeare.ckpt"  # used until a run has saved one
+MAX_GROUP = 32  # tokens that a GPU generates between two reads by the host
 
 
 def find_or_packaged(ckpt_path: str | Path = "best") -> Path:
-    """As `find_checkpoint`, but `best` is the shipped checkpoint where no run has left one."""
+    """`find_checkpoint`, except that `best` falls back to the packaged checkpoint if no run has saved one."""
     try:
         return find_checkpoint(ckpt_path)
     except FileNotFoundError:
@@ -44,51 +44,52 @@ def load(
     device: str = "auto",
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
 ) -> tuple[GPT | LectureModel, Tokenizer]:
-    """The net and the tokenizer of a checkpoint: of the newest run, or of the one that comes with the package.
+    """Load the net and the tokenizer of a checkpoint, by default of the newest run or else of the packaged one.
 
     Args:
-        ckpt_path: a file; best or last is the newest of that name below checkpoints/.
+        ckpt_path: a file; best or last takes the newest file of that name below checkpoints/.
         device: auto takes the accelerator if there is one.
-        precision: of weights and sums; auto is bfloat16 on CUDA and float32 elsewhere. On a CPU a token costs the
-            reading of all weights, so float16 is twice as fast where they outgrow its cache.
+        precision: dtype of the weights; auto is bfloat16 on CUDA and float32 elsewhere. On a CPU each token reads all
+            weights, so float16 is twice as fast if they do not fit in the cache.
     Raises:
-        ValueError: the device can't be used, or the file is no good checkpoint. FileNotFoundError: there is none.
+        ValueError: the device can't be used, or the file is not a valid checkpoint.
+        FileNotFoundError: there is no such checkpoint.
     """
     if device == "auto":
         device = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
     try:
-        torch.zeros(1, device=device).tolist()  # meta has no numbers
+        torch.zeros(1, device=device).tolist()  # fails on the meta device
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device={device} can't be used here: {str(error).splitlines()[0][:100]}") from None
     net, tokenizer = load_net(find_or_packaged(ckpt_path), device)
     if precision == "auto":
         precision = "bfloat16" if next(net.parameters()).device.type == "cuda" else "float32"
     if precision != "float32":
-        angles = getattr(net, "rope", None)
+        rope = getattr(net, "rope", None)
         net.to(getattr(torch, precision))
-        if angles is not None:
-            net.rope = angles  # three digits are too few for an angle
+        if rope is not None:
+            net.rope = rope  # half precision has too few digits for the rotary angles
     return net, tokenizer
 
 
 @dataclass
 class Completion:
-    """A prompt and what was written after it so far."""
+    """A prompt and the text generated after it so far."""
 
     prompt: str
     text: str = ""
     tokens: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)  # ln of how likely the net found each token, if asked for
-    finish_reason: Literal["", "length", "stop"] = ""  # by what; a stop string is no part of `text`
+    logprobs: list[float] = field(default_factory=list)  # of each token, in nats, if requested
+    finish_reason: Literal["", "length", "stop"] = ""  # empty while running; `text` excludes the stop string
     stop: Sequence[str] = ()
     decoder: codecs.IncrementalDecoder = field(
         default_factory=lambda: codecs.getincrementaldecoder("utf-8")("replace"), repr=False, compare=False
     )
 
     def add(self, tokens: list[int], logprobs: list[float], tokenizer: Tokenizer, last: bool) -> None:
-        """Go on by some tokens; what is written does not depend on how many come at a time.
+        """Append tokens; the text does not depend on how they are grouped into calls.
 
-        A character whose bytes are not all there waits for them, and is U+FFFD if `last` comes first.
+        An incomplete character is held back until its remaining bytes arrive, or becomes U+FFFD if `last`.
         """
         if self.finish_reason:
             return
@@ -96,10 +97,10 @@ class Completion:
         text = self.text + self.decoder.decode(tokenizer.decode_bytes(tokens), last)
         starts = ((text.find(stop, max(0, len(self.text) + 1 - len(stop))), stop) for stop in self.stop)
         if found := [(at + len(stop), at) for at, stop in starts if at >= 0]:
-            end, at = min(found)  # the first one to be whole
+            end, at = min(found)  # the stop string that is completed first
             self.decoder.setstate(state)
             length = len(self.text)
-            for kept, token in enumerate(tokens, start=1):  # its last token is the text's: a group may go on behind it
+            for kept, token in enumerate(tokens, start=1):  # keep the tokens up to the end of the stop string
                 length += len(self.decoder.decode(tokenizer.decode_bytes([token]), last and kept == len(tokens)))
                 if length >= end:
                     break
@@ -110,18 +111,18 @@ class Completion:
         self.logprobs += logprobs[:kept]
 
     def stable_text(self) -> str:
-        """The text without an end that may turn out to begin a stop string."""
+        """The text without a suffix that may be the beginning of a stop string."""
         if self.finish_reason:
             return self.text
-        starts = (stop[:n] for stop in self.stop for n in range(1, len(stop)))
-        return self.text[: len(self.text) - max((len(s) for s in starts if self.text.endswith(s)), default=0)]
+        prefixes = (stop[:n] for stop in self.stop for n in range(1, len(stop)))
+        return self.text[: len(self.text) - max((len(s) for s in prefixes if self.text.endswith(s)), default=0)]
 
 
 def encode_text(tokenizer: Tokenizer, text: str, what: str) -> Tensor:
-    """Token ids (T,) of a text that is read, not trained on.
+    """Token ids (T,) of a prompt or a text to score; `what` names it in the error message.
 
     Raises:
-        ValueError: the net doesn't know some of its characters; names them, and what to do here.
+        ValueError: the vocabulary lacks some of its characters; the message names them and the remedy.
     """
     try:
         return torch.as_tensor(tokenizer.encode(text))
@@ -129,16 +130,16 @@ def encode_text(tokenizer: Tokenizer, text: str, what: str) -> Tensor:
         if not (unknown := tokenizer.unknown(text)):
             raise
         raise ValueError(
-            f"the {what} has what this net's vocabulary of {len(tokenizer)} lacks: {unknown[:40]!r}; leave it out, or "
-            "give --on_unknown drop"
+            f"the {what} contains {unknown[:40]!r}, which this net's vocabulary of {len(tokenizer)} lacks: remove it, "
+            "or set --on_unknown drop"
         ) from None
 
 
 def prepare_prompt(tokenizer: Tokenizer, prompt: str, on_unknown: Literal["error", "drop"] = "error") -> str:
-    """The prompt as the net can read it; an empty one is a new line, as in the lecture.
+    """The prompt as the net reads it; an empty prompt becomes a newline, as in the lecture.
 
     Raises:
-        ValueError: it has unknown characters, and on_unknown is error.
+        ValueError: the prompt has unknown characters and on_unknown is error.
     """
     unknown = tokenizer.unknown(prompt) if prompt else ""
     if unknown and on_unknown == "drop":
@@ -147,7 +148,7 @@ def prepare_prompt(tokenizer: Tokenizer, prompt: str, on_unknown: Literal["error
         prompt = (" " if ids else "").join(part for part in parts if not tokenizer.unknown(part))
     if not prompt:
         prompt = tokenizer.vocabulary[0] if tokenizer.unknown("\n") else "\n"
-    return tokenizer.decode(encode_text(tokenizer, prompt, "prompt"))  # ids written as numbers get their last space
+    return tokenizer.decode(encode_text(tokenizer, prompt, "prompt"))  # appends a space to ids written as numbers
 
 
 def complete(
@@ -162,51 +163,51 @@ def complete(
     context_shift: int | None = None,
     on_unknown: Literal["error", "drop"] = "error",
     logprobs: bool = False,
-    **how,
+    **sampling,
 ) -> Iterator[list[Completion]]:
-    """Continue all prompts at once; yields the same texts again and again, each time some tokens longer.
+    """Continue a batch of prompts; yields the same list of completions each time it has grown by some tokens.
 
     Args:
-        prompts: of any lengths; of one longer than block_size the net reads the end. In float32 and float64 each text
-            is what it would be alone, as it has dice of its own: of `seed` and its place in the batch.
-        stop: a text ends where one of these would begin.
-        seed: another seed gives other texts, the same one the same.
-        context_shift: tokens by which a full context moves on, see `stream_ids`; null is half of block_size, which is
-            fast; 1 is the lecture's window, a whole forward for each token.
-        on_unknown: what to do with characters that the net doesn't know.
-        logprobs: whether to fill in `Text.logprobs`.
-        how: top_k, top_p, min_p, repetition_penalty ... of `stream_ids`.
+        prompts: of any lengths; the net reads the last block_size tokens of each. Each text has a generator, seeded
+            with `seed` and its index, so in float32 and float64 it does not depend on the other prompts.
+        stop: a text ends before the first occurrence of any of these strings.
+        seed: seeds the generators; the same seed gives the same texts.
+        context_shift: tokens by which a full context is shifted, see `stream_ids`. None is half of block_size, which is
+            fast; 1 is the lecture's sliding window, with a full forward pass per token.
+        on_unknown: whether characters outside the vocabulary raise an error or are dropped.
+        logprobs: whether to fill in `Completion.logprobs`.
+        sampling: top_k, top_p, min_p, repetition_penalty ... of `stream_ids`.
     Raises:
-        ValueError: a setting is out of its range, or a prompt can't be spelled.
+        ValueError: a setting is out of range, or a prompt can't be encoded.
     """
     if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens={max_new_tokens} must be 1 or more")
+        raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
     if "" in stop:
-        raise ValueError("stop has an empty string, which would end every text at once")
+        raise ValueError("stop has an empty string, which would end every text immediately")
     device = next(net.parameters()).device
     texts = [Completion(prepare_prompt(tokenizer, prompt, on_unknown), stop=stop) for prompt in prompts]
     rows = [torch.as_tensor(tokenizer.encode(text.prompt)) for text in texts]
-    dice = [torch.Generator(device).manual_seed(derive_seed(seed, i)) for i in range(len(texts))]
-    drawn = stream_ids(
+    generators = [torch.Generator(device).manual_seed(derive_seed(seed, i)) for i in range(len(texts))]
+    steps = stream_ids(
         net,
         pad_sequence(rows, batch_first=True).to(device),
         max_new_tokens,
         lengths=[len(row) for row in rows],
         context_shift=max(1, net.config.block_size // 2) if context_shift is None else context_shift,
         temperature=temperature,
-        generator=dice,
+        generator=generators,
         logprobs=logprobs,
-        **how,
+        **sampling,
     )
     group, size = list[tuple[Tensor, Tensor | None]](), 1
-    for n, new in enumerate(drawn, start=1):
-        group.append(new)
+    for n, step in enumerate(steps, start=1):
+        group.append(step)
         if len(group) < size and n < max_new_tokens:
             continue
-        ids = torch.cat([ids for ids, _ in group], 1).tolist()  # the one place where the host waits for the device
-        odds = torch.cat([odds for _, odds in group if odds is not None], 1).tolist() if logprobs else [[]] * len(texts)
-        for text, tokens, found in zip(texts, ids, odds, strict=True):
-            text.add(tokens, found, tokenizer, last=n == max_new_tokens)
+        ids = torch.cat([ids for ids, _ in group], 1).tolist()  # the only synchronization with the device
+        scores = torch.cat([lp for _, lp in group if lp is not None], 1).tolist() if logprobs else [[]] * len(texts)
+        for text, tokens, token_logprobs in zip(texts, ids, scores, strict=True):
+            text.add(tokens, token_logprobs, tokenizer, last=n == max_new_tokens)
         yield texts
         if all(text.finish_reason for text in texts):
             break
@@ -215,60 +216,63 @@ def complete(
 
 
 def stream(
-    net: GPT | LectureModel, tokenizer: Tokenizer, prompt: str = "", max_new_tokens: int = 500, **how
+    net: GPT | LectureModel, tokenizer: Tokenizer, prompt: str = "", max_new_tokens: int = 500, **settings
 ) -> Iterator[str]:
-    """Yields the text after the prompt piece by piece as it comes; `how` goes to `complete`."""
+    """Yield the text after the prompt piece by piece; `settings` are passed to `complete`."""
     shown = 0
-    for (text,) in complete(net, tokenizer, [prompt], max_new_tokens, **how):
+    for (text,) in complete(net, tokenizer, [prompt], max_new_tokens, **settings):
         if piece := text.stable_text()[shown:]:
             shown += len(piece)
             yield piece
 
 
-def generate(net: GPT | LectureModel, tokenizer: Tokenizer, prompt: str = "", max_new_tokens: int = 500, **how) -> str:
-    """The text after the prompt; `how` goes to `complete`."""
-    return "".join(stream(net, tokenizer, prompt, max_new_tokens, **how))
+def generate(
+    net: GPT | LectureModel, tokenizer: Tokenizer, prompt: str = "", max_new_tokens: int = 500, **settings
+) -> str:
+    """The text after the prompt; `settings` are passed to `complete`."""
+    return "".join(stream(net, tokenizer, prompt, max_new_tokens, **settings))
 
 
 class Score(NamedTuple):
-    """How a net finds a text, in the mean: a token is a character unless the tokenizer says otherwise."""
+    """Mean negative log-likelihood of a text under a net, per character and per token."""
 
     nats_per_character: float
     bits_per_character: float
     nats_per_token: float
     perplexity: float  # exp(nats per token)
-    characters: int  # all but the first token's
-    tokens: int  # that were predicted, all but the first
+    characters: int  # without those of the first token
+    tokens: int  # predicted ones: all but the first
 
 
 @torch.inference_mode()
 def score(net: GPT | LectureModel, tokenizer: Tokenizer, text: str, stride: int | None = None) -> Score:
-    """How likely the net finds a text; the same number as `lightning-gpt validate` says of its validation split.
+    """The negative log-likelihood of a text; without a stride, nats_per_token is the val/loss of `validate` on it.
 
     Args:
-        stride: the window of block_size tokens moves on by so many, and only those are counted that it has not seen
-            before. null is block_size: windows side by side, as validate has them. A smaller one gives each token a
-            longer past, so a lower loss, and takes longer.
+        stride: tokens by which the window of block_size tokens moves; each token is scored once, in the first window
+            that predicts it. None is block_size: adjacent windows, as in validate. A smaller stride gives tokens a
+            longer context, which lowers the loss and takes longer.
     Raises:
-        ValueError: stride is out of its range, the text has unknown characters or less than two tokens.
+        ValueError: stride is out of range, or the text has unknown characters or fewer than two tokens.
     """
     ids, S, device = encode_text(tokenizer, text, "text"), net.config.block_size, next(net.parameters()).device
     stride = S if stride is None else stride
     if not 1 <= stride <= S:
         raise ValueError(f"stride={stride} must be between 1 and block_size={S}")
     if len(ids) < 2:
-        raise ValueError(f"the text has {len(ids)} tokens: a score takes two or more, as nothing predicts the first")
+        raise ValueError(f"the text has {len(ids)} tokens: a score needs at least two, as the first is not predicted")
     windows = ids.unfold(0, S + 1, stride) if len(ids) > S else ids.new_empty(0, S + 1)
     parts = [(windows[:1], S), *((piece, stride) for piece in windows[1:].split(max(1, 2**14 // S)))]
     if rest := len(ids) - 1 - (S + (len(windows) - 1) * stride if len(windows) else 0):
         parts.append((ids[None, len(windows) * stride :], rest))
     nats = 0.0
-    for piece, fresh in parts:
+    for piece, new in parts:
         if len(piece):
             piece = piece.to(device)
-            logits = net(piece[:, :-1])[:, -fresh:].flatten(0, 1)
+            logits = net(piece[:, :-1])[:, -new:].flatten(0, 1)
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-            nats += F.cross_entropy(logits, piece[:, -fresh:].flatten(), reduction="sum").item()
+            nats += F.cross_entropy(logits, piece[:, -new:].flatten(), reduction="sum").item()
     tokens, characters = len(ids) - 1, len(text) - len(tokenizer.decode(ids[:1]))
-    each, mean = nats / max(1, characters), nats / tokens
-    return Score(each, each / math.log(2), mean, math.exp(min(mean, 700)), characters, tokens)
+    per_character, per_token = nats / max(1, characters), nats / tokens
+    perplexity = math.exp(min(per_token, 700))
+    return Score(per_character, per_character / math.log(2), per_token, perplexity, characters, tokens)
