@@ -201,14 +201,14 @@ def test_a_checkpoint_summary_is_read_without_the_weights(ckpt, tmp_path):
     "flags, reason",
     [
         ([], "ended after step 5: trainer.max_steps=5 is reached"),
-        (["--trainer.max_time={milliseconds: 1}"], "the time that it was given is used up (0 s; trainer.max_time)"),
+        (["--trainer.max_time={milliseconds: 1}"], "trainer.max_time is reached (0 s of training)"),
         (
             ["--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=val/loss", "--model.learning_rate=0"]
             + ["--trainer.callbacks.patience=2", "--trainer.val_check_interval=1"],
             "ended after step 3: EarlyStopping with patience=2: Monitored metric val/loss did not improve in the last",
         ),
         (["--trainer.max_epochs=1", "--trainer.limit_train_batches=2"], "trainer.max_epochs=1 is reached"),
-        (["--trainer.callbacks+=test_cli_options.StopAtStep2"], "ended after step 2: a callback asked for it"),
+        (["--trainer.callbacks+=test_cli_options.StopAtStep2"], "ended after step 2: a callback requested it"),
     ],
 )
 def test_a_run_prints_why_it_ended(tmp_path, text_file, capsys, flags, reason):
@@ -253,14 +253,14 @@ def test_a_limit_that_leaves_nothing_to_do_is_refused(run, tmp_path, fails):
     [
         (["--model.betas=[-1,0.5]"], "betas=(-1.0, 0.5) must be 0 or more and less than 1"),
         (["--model.betas=[0.9,.nan]"], "betas=(0.9, nan)"),
-        (["--trainer.check_val_every_n_epoch=0"], "check_val_every_n_epoch=0: give a number of epochs, 1 or more"),
+        (["--trainer.check_val_every_n_epoch=0"], "check_val_every_n_epoch=0 must be at least 1"),
         (["--trainer.devices="], "trainer.devices=, "),
         (["--trainer.devices=[]"], "trainer.devices=[]"),
-        (["--trainer.strategy=ddp_spawn"], "take ddp_flat or ddp"),
-        (["--trainer.strategy=ddp_notebook"], "take ddp_flat or ddp"),
+        (["--trainer.strategy=ddp_spawn"], "use ddp_flat or ddp"),
+        (["--trainer.strategy=ddp_notebook"], "use ddp_flat or ddp"),
         (["--trainer.accelerator=tpu"], "torch_xla"),
-        (["--trainer.default_root_dir=s3://bucket/runs"], "a folder on a disk of this machine"),
-        (["--trainer.default_root_dir=$HOME/runs"], "a folder on a disk of this machine"),
+        (["--trainer.default_root_dir=s3://bucket/runs"], "must be a local folder"),
+        (["--trainer.default_root_dir=$HOME/runs"], "must be a local folder"),
         (["--name=$HOME"], "name='$HOME'"),
         ([f"--data.batch_size={2**63}"], f"data.batch_size={2**63} does not fit in 64 bits"),
         ([f"--model.warmup_steps={10**30}"], "model.warmup_steps=1000000000000000000000000000000 does not fit"),
@@ -303,7 +303,7 @@ def test_detect_anomaly_ends_with_a_one_line_error(tmp_path, text_file, capsys):
     paths = [f"--data.corpus={text_file}", f"--trainer.default_root_dir={tmp_path}"]
     with pytest.raises(SystemExit) as stop:
         main(["fit", *TINY, *paths, "--trainer.detect_anomaly=true", "--model.learning_rate=1e30"])
-    assert stop.value.code == 1 and "trainer.detect_anomaly stopped the training" in capsys.readouterr().err
+    assert stop.value.code == 1 and "trainer.detect_anomaly stopped training" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("callback", ["TQDMProgressBar", "test_cli_options.StopAtStep2"])

@@ -208,3 +208,9 @@ def test_token_ids_are_written_as_numbers():
     for text in "300", "-1", "a 1", "", "\n":
         with pytest.raises(ValueError, match="token ids from 0 to 299"):
             tokenizer.encode(text)
+
+
+def test_the_hyper_parameters_name_the_tokenizer_and_its_size(token_files):
+    chars, ids = TextDataModule(), TextDataModule(block_size=8, token_files=token_files, vocab_size=300)
+    assert (chars.hparams.tokenizer, chars.hparams.vocab_size) == ("char", 65)
+    assert (ids.hparams.tokenizer, ids.hparams.vocab_size) == ("ids", 300)

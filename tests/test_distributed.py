@@ -209,13 +209,13 @@ def test_a_number_of_torchrun_processes_other_than_devices_is_refused(text_file,
     for name, value in {"TORCHELASTIC_RUN_ID": "test", "WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}.items():
         monkeypatch.setenv(name, value)
     error = fails("fit", *TINY, "--data.corpus", text_file)
-    assert "torchrun started 2 processes, but 1 x 1 make up the run" in error
+    assert "torchrun started 2 processes, but trainer.devices x trainer.num_nodes is 1 x 1" in error
     assert "3 x 1" in fails("validate", "--ckpt_path", ckpt, "--trainer.devices=3", "--trainer.accelerator=cpu")
 
 
 def test_invalid_devices_are_named(text_file, fails):
     error = fails("fit", *TINY, "--data.corpus", text_file, "--trainer.devices=0")
-    assert "trainer.devices=0" in error and "Take auto for both" in error
+    assert "trainer.devices=0" in error and "Use auto for both" in error
 
 
 def as_torchrun_would(folder, text_file, rank, port, **kwargs):
@@ -236,7 +236,7 @@ def port():
 def test_a_port_in_use_is_named(tmp_path, text_file, port):
     number = port.getsockname()[1]
     code, output = finish(as_torchrun_would(tmp_path, text_file, 0, number))
-    assert code == 2 and f"port {number}, is taken by another program: set MASTER_PORT" in output
+    assert code == 2 and f"port {number}, is in use by another program: set MASTER_PORT" in output
     assert "Traceback" not in output
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import TINY
 
-from lightning_gpt.checkpoint.io import load_net, read_checkpoint, write_checkpoint
+from lightning_gpt.checkpoint.io import load_net, read_checkpoint
 from lightning_gpt.checkpoint.transfer import transfer_weights
 from lightning_gpt.cli.main import main
 from lightning_gpt.data.tokenizers import ByteTokenizer, CharTokenizer
@@ -149,18 +149,3 @@ def test_weights_for_another_tokenizer_or_shape_are_refused_naming_both(base):
         transfer_weights(base, fresh | {"h.0.attn.c_proj.weight": torch.zeros(9, 16)}, tokenizer)
     with pytest.raises(ValueError, match="wpe.weight is missing in it"):
         transfer_weights(base, fresh | {"wpe.weight": torch.zeros(9, 16)}, tokenizer)
-
-
-def test_a_checkpoint_without_the_newer_settings_can_be_resumed_and_fine_tuned(tmp_path, text_file, play):
-    fit(tmp_path, text_file, *TINY)
-    last = tmp_path / "tiny" / "version_0" / "checkpoints" / "last.ckpt"
-    checkpoint = read_checkpoint(last)
-    for part in "hyper_parameters", "datamodule_hyper_parameters":
-        for name in "tokenizer", "on_unknown", "init_from", "freeze_layers":
-            checkpoint[part].pop(name, None)
-    checkpoint["config"] = "\n".join(line for line in checkpoint["config"].splitlines() if "on_unknown:" not in line)
-    write_checkpoint(checkpoint, last)
-    tune(tmp_path, last, play)
-    main(["validate", f"--ckpt_path={last}"])
-    main(["fit", f"--ckpt_path={last}", "--trainer.max_steps=7", f"--trainer.default_root_dir={tmp_path}"])
-    assert read_checkpoint(last)["global_step"] == 7  # the run continued in its own folder

@@ -1,13 +1,12 @@
-"""How fast text is written here, beside recomputing the whole context for every character as nanoGPT does.
+"""Generation speed on this machine, beside a loop that recomputes the full context for every token as nanoGPT does.
 
     python -m lightning_gpt.benchmarks.generation
 
-Same weights (random ones), same process, in turns. "recomputing" is the loop of nanoGPT's sample.py: a forward of the
-newest block_size tokens for each token, on CUDA with float32 weights under bfloat16 autocast; its mean time at lengths
-spread evenly over the text. "ours" writes the whole text, from the call to the last character on the host, on CUDA in
-bfloat16, on a CPU in float32 and then in float16. Both begin with a new line. Within a block the two give the same
-text, but for rounding in 16 bits; beyond it our context moves on by half a block whenever it is full, see
-`stream_ids`.
+Both run in one process with the same random weights. "recomputing" is the loop of nanoGPT's sample.py: a forward pass
+over the last block_size tokens for each token, on CUDA with float32 weights under bfloat16 autocast; its mean time at
+lengths spread evenly over the text. "ours" generates the full text, from the call to the last token on the host, on
+CUDA in bfloat16, on a CPU in float32 and then in float16. Both start from token 0. Within a block the two give the same
+text up to 16-bit rounding; beyond it, our context shifts by half a block whenever it is full, see `stream_ids`.
 """
 
 import json as json_format
@@ -33,17 +32,17 @@ MODELS = {
 }
 CPU_ROWS = ["0.8M, block 64 x 1", "10.7M, block 256 x 1"]
 GPU_ROWS = ["10.7M, block 256 x 1", "10.7M, block 256 x 64", "GPT-2 124M, block 1024 x 1"]
-SAMPLING: dict[str, Any] = {"temperature": 0.8, "top_k": 200}  # sample.py's
+SAMPLING: dict[str, Any] = {"temperature": 0.8, "top_k": 200}  # the defaults of sample.py
 
 
 @torch.no_grad()
 def time_recomputing(net: GPT, batch_size: int, n: int) -> float:
-    """Seconds for n tokens without a cache."""
+    """Returns the seconds for n tokens without a KV cache."""
     S, device, times = net.config.block_size, net.wte.weight.device, []
     lengths = torch.linspace(1, n, 16).int().tolist()
     text = torch.zeros(batch_size, n, dtype=torch.long, device=device)
     with torch.autocast("cuda", torch.bfloat16) if device.type == "cuda" else nullcontext():
-        for _ in range(4):  # the first is to warm up
+        for _ in range(4):  # the first is a warm-up
             text.cpu()
             since = time.perf_counter()
             for length in lengths:
@@ -57,7 +56,7 @@ def time_recomputing(net: GPT, batch_size: int, n: int) -> float:
 
 
 def time_generation(net: GPT, batch_size: int, n: int) -> tuple[float, float]:
-    """Seconds for n tokens with the cache, and for the first call."""
+    """Returns the seconds for n tokens with the KV cache: the best call, and the first one."""
     idx, times = torch.zeros(batch_size, 1, dtype=torch.long, device=net.wte.weight.device), []
     for _ in range(3):
         since = time.perf_counter()
@@ -67,21 +66,21 @@ def time_generation(net: GPT, batch_size: int, n: int) -> tuple[float, float]:
 
 
 def bench(nets: list[str] | None = None, json: bool = False) -> None:
-    """Print how many characters a second are written here, beside recomputing the context for each.
+    """Print the tokens per second of generation, and the speed-up over recomputing the full context.
 
     Args:
-        nets: what to measure, "NAME x BATCH_SIZE" with the names above; null takes what fits this machine.
+        nets: what to measure, each "NAME x BATCH_SIZE" with a name in MODELS; null: defaults for this device.
         json: print JSON instead of a table.
     """
     gpu, rows = torch.cuda.is_available(), []
-    where = torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads"
+    device = torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads"
     if not json:
-        print(f"{where}: characters a second\n{'':28}{'':>16}{'recomputing':>12}{'ours':>19}", end="")
+        print(f"{device}: tokens/s\n{'':28}{'':>16}{'recomputing':>12}{'ours':>19}", end="")
         print("" if gpu else f"{'float16':>19}")
     for each in nets or (GPU_ROWS if gpu else CPU_ROWS):
         name, _, batch_size = each.rpartition(" x ")
         if name not in MODELS or not batch_size.isdecimal() or batch_size == "0":
-            raise ValueError(f"nets has {each!r}: give NAME x BATCH_SIZE, with a name of {', '.join(MODELS)}")
+            raise ValueError(f"nets has {each!r}: give NAME x BATCH_SIZE, with a NAME among {', '.join(MODELS)}")
         torch.manual_seed(0)
         B, net = int(batch_size), GPT(MODELS[name]).eval()
         fast = GPT(MODELS[name]).eval()
@@ -90,11 +89,11 @@ def bench(nets: list[str] | None = None, json: bool = False) -> None:
             net.cuda(), fast.cuda().bfloat16()
         S = net.config.block_size
         for n in sorted({S - 1, max(500, S + S // 2), *([5000] if gpu else [])}):
-            what = "within a block" if n < S else f"{n:,} tokens"
+            text = "within a block" if n < S else f"{n:,} tokens"
             row: dict[str, Any] = {
                 "net": name,
                 "batch_size": B,
-                "text": what,
+                "text": text,
                 "recomputing": B * n / time_recomputing(net, B, n),
             }
             seconds, first = time_generation(fast, B, n)
@@ -103,11 +102,11 @@ def bench(nets: list[str] | None = None, json: bool = False) -> None:
                 row["float16"] = B * n / time_generation(deepcopy(fast).half(), B, n)[0]
             rows.append(row)
             if not json:
-                faster = [row[key] for key in ("ours", "float16") if key in row]
-                cells = [f"{speed:12,.0f}{speed / row['recomputing']:6.1f}x" for speed in faster]
-                print(f"{each:28}{what:>16}{row['recomputing']:12,.0f}" + "".join(cells), flush=True)
+                speeds = [row[key] for key in ("ours", "float16") if key in row]
+                cells = [f"{speed:12,.0f}{speed / row['recomputing']:6.1f}x" for speed in speeds]
+                print(f"{each:28}{text:>16}{row['recomputing']:12,.0f}" + "".join(cells), flush=True)
     if json:
-        print(json_format.dumps({"device": where, "rows": rows}))
+        print(json_format.dumps({"device": device, "rows": rows}))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""How fast a config trains here: the Trainer beside a bare PyTorch loop of the same step, in one process.
+"""Training speed of a config on this machine: the Trainer and a bare PyTorch loop of the same step, in one process.
 
     python -m lightning_gpt.benchmarks.training --config shakespeare
 
-takes the flags of `lightning-gpt fit`, and `--bench.steps`, `--bench.vocab_size` and `--bench.json`.
+It takes the flags of `lightning-gpt fit`, and `--bench.steps`, `--bench.vocab_size` and `--bench.json`. MFU is the
+share of the peak FLOP/s in the GPU's data sheet, "of matmul" that of the FLOP/s measured in a large matrix product.
 """
 
 import json
@@ -27,10 +28,10 @@ from ..data.tokenizers import TokenIds
 from ..data.windows import RandomWindows
 from ..model.gpt import GPT
 from ..training.module import LanguageModel, features_loss
-from ..training.monitoring import flops_per_token
+from ..training.monitoring import flops_per_token, peak_flops
 from ..training.optim import Muon
 
-WARMUP_STEPS = 20  # steps for compiling, recording and the first log
+WARMUP_STEPS = 20  # steps for compilation, CUDA graph capture and the first log
 
 
 def synchronize(device: torch.device) -> None:
@@ -39,7 +40,7 @@ def synchronize(device: torch.device) -> None:
 
 
 class StepTimer(L.Callback):
-    """Seconds from the end of step WARM_UP to the end of the last one."""
+    """Measures the seconds from the end of step WARMUP_STEPS to the end of the last step."""
 
     since = seconds = math.nan
 
@@ -51,7 +52,7 @@ class StepTimer(L.Callback):
 
 
 def bare_loop(lm: LanguageModel, windows: RandomWindows, device: torch.device, precision: str, clip: float, steps: int):
-    """Seconds that the same steps take without Lightning: net, optimizer and a `for`."""
+    """Returns the seconds that the same steps take in a plain loop, without Lightning."""
     hp = lm.hparams
     with torch.device(device):
         net, average = GPT(lm.net.config), GPT(lm.net.config) if hp.ema_decay else None
@@ -96,7 +97,7 @@ def bare_loop(lm: LanguageModel, windows: RandomWindows, device: torch.device, p
 
 
 def matmul_rate(device: torch.device, precision: str) -> float:
-    """FLOP/s of a large matrix product here, in the precision that the config trains in."""
+    """Measures the FLOP/s of a large matrix product on `device`: in bfloat16 for a bf16 precision, else in float32."""
     n, dtype = (8192 if device.type == "cuda" else 2048), (torch.bfloat16 if "bf16" in precision else torch.float32)
     a, b = (torch.randn(n, n, dtype=dtype, device=device) for _ in range(2))
     best = math.inf
@@ -110,11 +111,11 @@ def matmul_rate(device: torch.device, precision: str) -> float:
 
 
 class Bench(CLI):
-    """The command line of `fit`, which measures instead."""
+    """The command line of `fit`, which measures speed instead of training a model."""
 
     def add_arguments_to_parser(self, parser) -> None:
         super().add_arguments_to_parser(parser)
-        parser.add_argument("--bench.steps", type=int, default=100, help="Steps to time, after the warm-up.")
+        parser.add_argument("--bench.steps", type=int, default=100, help="Number of steps to time, after the warm-up.")
         parser.add_argument(
             "--bench.vocab_size",
             type=int,
@@ -126,7 +127,7 @@ class Bench(CLI):
 
     def before_instantiate_classes(self) -> None:
         if self.config.fit.bench.vocab_size:
-            self.config.fit.data.vocab_size = None  # gpt2.yaml has it for its files of tokens
+            self.config.fit.data.vocab_size = None  # gpt2.yaml sets it for its token files
 
     def before_fit(self) -> None:
         self.datamodule.check_batch_size(self.trainer.world_size)
@@ -134,69 +135,74 @@ class Bench(CLI):
     def after_fit(self) -> None: ...
 
     def fit(self, model: LanguageModel, datamodule: TextDataModule, **_) -> None:
-        ask, trainer = self.config.fit.bench, self.trainer
+        options, trainer = self.config.fit.bench, self.trainer
         if model.hparams.lecture_step:
             raise ValueError(
-                f"model.lecture_step={model.hparams.lecture_step} is there to be read: the bench is the GPT's"
+                f"model.lecture_step={model.hparams.lecture_step}: this benchmark measures the GPT; leave it out"
             )
         if (n := trainer.accumulate_grad_batches) > 1:
-            raise ValueError(f"trainer.accumulate_grad_batches={n}: the bench times steps of one batch, so give 1")
-        if ask.vocab_size:
-            datamodule.tokenizer = TokenIds(ask.vocab_size)
-            datamodule.train_tokens = torch.randint(ask.vocab_size, (10_000_000,), dtype=torch.int32)
-            datamodule.save_hyperparameters({**datamodule.hparams, "vocab_size": ask.vocab_size})
-            model = LanguageModel(**{**model.hparams, "vocab_size": ask.vocab_size})
-        clock = StepTimer()
-        trainer.callbacks.append(clock)
-        trainer.fit_loop.epoch_loop.max_steps = WARMUP_STEPS + ask.steps
+            raise ValueError(f"trainer.accumulate_grad_batches={n} must be 1: this benchmark times steps of one batch")
+        if options.vocab_size:
+            datamodule.tokenizer = TokenIds(options.vocab_size)
+            datamodule.train_tokens = torch.randint(options.vocab_size, (10_000_000,), dtype=torch.int32)
+            datamodule.save_hyperparameters({**datamodule.hparams, "vocab_size": options.vocab_size})
+            model = LanguageModel(**{**model.hparams, "vocab_size": options.vocab_size})
+        timer = StepTimer()
+        trainer.callbacks.append(timer)
+        trainer.fit_loop.epoch_loop.max_steps = WARMUP_STEPS + options.steps
         trainer.fit(model, datamodule)
-        taken, filled = math.nan, math.nan
-        if torch.cuda.is_available():  # at most, of this GPU; before the bare loop takes its own
-            taken, filled = torch.cuda.max_memory_reserved() / 2**30, torch.cuda.max_memory_allocated() / 2**30
-        del model.captured, model.batch  # their memory is for the bare loop now
+        reserved, allocated = math.nan, math.nan
+        if torch.cuda.is_available():  # peaks of this GPU, before the bare loop allocates
+            reserved, allocated = torch.cuda.max_memory_reserved() / 2**30, torch.cuda.max_memory_allocated() / 2**30
+        del model.captured, model.batch  # free their memory for the bare loop
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
         if not trainer.is_global_zero:
             return
         device, precision, hp = trainer.strategy.root_device, trainer.precision, datamodule.hparams
-        lm, seconds_of = LanguageModel(**model.hparams), {"Trainer": clock.seconds}
+        lm, seconds_of = LanguageModel(**model.hparams), {"Trainer": timer.seconds}
         if trainer.world_size == 1:
             windows = RandomWindows(datamodule.train_tokens, hp.block_size, hp.batch_size, hp.seed)
             clip = trainer.gradient_clip_val or math.inf
-            seconds_of["bare loop"] = bare_loop(lm, windows, device, precision, clip, ask.steps)
-        tokens, rate = hp.batch_size * hp.block_size, matmul_rate(device, precision)
+            seconds_of["bare loop"] = bare_loop(lm, windows, device, precision, clip, options.steps)
+        tokens, matmul, peak = hp.batch_size * hp.block_size, matmul_rate(device, precision), peak_flops(device)
         rows = {}
         for name, seconds in seconds_of.items():
-            speed = tokens * ask.steps / seconds
-            mfu = speed * flops_per_token(cast(GPT, lm.net)) / rate / trainer.world_size
-            rows[name] = {"ms_per_step": 1e3 * seconds / ask.steps, "tokens_per_second": speed, "mfu": mfu}
+            speed = tokens * options.steps / seconds
+            flops = speed * flops_per_token(cast(GPT, lm.net)) / trainer.world_size
+            rows[name] = {
+                "ms_per_step": 1e3 * seconds / options.steps,
+                "tokens_per_second": speed,
+                "mfu": flops / peak if peak else None,
+                "of_matmul": flops / matmul,
+            }
         result: dict[str, Any] = {
             "parameters": sum(p.numel() for p in lm.net.parameters()),
             "device": torch.cuda.get_device_name()
             if device.type == "cuda"
             else f"CPU, {torch.get_num_threads()} threads",
-            "matmul_tflops": rate / 1e12,
-            "memory_gib": taken,
-            "tensors_gib": filled,
-            "trainer_over_bare": clock.seconds / seconds_of.get("bare loop", math.nan),
+            "matmul_tflops": matmul / 1e12,
+            "memory_gib": reserved,
+            "tensors_gib": allocated,
+            "trainer_over_bare": timer.seconds / seconds_of.get("bare loop", math.nan),
             "devices": trainer.world_size,
             **rows,
         }
-        if ask.json:
+        if options.json:
             print(json.dumps(result))
             return
         size = f"{result['parameters'] / 1e6:.2f}M parameters"
-        memory = f", {taken:.1f} GiB of each GPU, {filled:.1f} of them tensors" if device.type == "cuda" else ""
-        print(
-            f"{result['devices']} x {result['device']}, {rate / 1e12:,.1f} TFLOP/s in a matrix product; {size}{memory}"
-        )
-        print(f"{'':12}{'ms/step':>10}{'tokens/s':>14}{'MFU':>8}")
+        memory = f", {reserved:.1f} GiB per GPU, {allocated:.1f} of it tensors" if device.type == "cuda" else ""
+        print(f"{result['devices']} x {result['device']}, {matmul / 1e12:,.1f} TFLOP/s in a matmul; {size}{memory}")
+        print(f"{'':12}{'ms/step':>10}{'tokens/s':>14}{'MFU':>8}{'of matmul':>11}")
         for name, row in rows.items():
-            print(f"{name:12}{row['ms_per_step']:10.2f}{row['tokens_per_second']:14,.0f}{row['mfu']:8.1%}")
+            mfu = "-" if row["mfu"] is None else f"{row['mfu']:.1%}"
+            cells = f"{row['ms_per_step']:10.2f}{row['tokens_per_second']:14,.0f}"
+            print(f"{name:12}{cells}{mfu:>8}{row['of_matmul']:11.1%}")
         if trainer.world_size == 1:
             print(f"Trainer / bare loop {result['trainer_over_bare']:.3f}")
 
 
 if __name__ == "__main__":
-    with tempfile.TemporaryDirectory() as folder:  # logs are a part of the step, and nobody wants to keep them
+    with tempfile.TemporaryDirectory() as folder:  # logging is part of the step; the logs are not kept
         run(lambda args: train(args, Bench), ["fit", *sys.argv[1:], f"--trainer.default_root_dir={folder}"])

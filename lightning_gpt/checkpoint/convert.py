@@ -98,10 +98,10 @@ def import_weights(
         raise ValueError(f"--source {source}: use hf:FOLDER, nanogpt:FILE, safetensors:FILE, or the hub's gpt2")
     if not state or tokenizer:
         state = {"tokenizer": tokenizer or ("gpt2" if config.vocab_size in (50257, 50304) else "ids")}
-        state |= {"vocab_size": config.vocab_size, "vocabulary": None}
+        state |= {"vocab_size": config.vocab_size, "vocabulary": None, "on_unknown": "error"}
     checkpoint: dict[str, Any] = {
         "state_dict": {f"net.{name}": w for name, w in weights.items()},
-        "hyper_parameters": asdict(config) | {"seed": 1337},
+        "hyper_parameters": asdict(config) | {"lecture_step": None, "ema_decay": 0.0, "seed": 1337},
         "datamodule_hyper_parameters": state,
         "global_step": 0,
         VERSION_KEY: version("lightning"),

@@ -22,6 +22,7 @@ from .validation import check_archive, check_contents, check_plain, short_repr
 
 RUNS_DIR = Path("checkpoints")  # the folder of all runs
 FORMAT = 2  # floating-point weights
+PLAIN_FORMAT = 0  # of files that a Trainer without AsyncCheckpointIO writes: they have neither format nor checksum
 QUANTIZED_FORMAT = 3  # int8 weights
 CHECKSUM, CHECKSUM_SIZE = b"sha256 ", len("sha256 ") + 64
 TEXT_SETTINGS = (
@@ -78,10 +79,6 @@ def write_checkpoint(checkpoint: dict, path: str | Path) -> None:
     """
     buffer, path = io.BytesIO(), Path(os.path.realpath(path))  # keep a symbolic link, replace its target
     check_regular_file(path)
-    data = checkpoint.get("datamodule_hyper_parameters")
-    if isinstance(data, dict) and data.get("tokenizer", "") is None:  # TextDataModule's default
-        is_ids = isinstance(data.get("token_files"), str) and data["token_files"]
-        checkpoint = checkpoint | {"datamodule_hyper_parameters": data | {"tokenizer": "ids" if is_ids else "char"}}
     torch.save(checkpoint | {"format": QUANTIZED_FORMAT if "scales" in checkpoint else FORMAT}, buffer)
     append_checksum(buffer)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -165,15 +162,14 @@ def read_verified(path: Path) -> dict:
     data = path.read_bytes()
     if not data:
         raise ValueError(f"the checkpoint {path} is empty")
+    has_checksum = data[-CHECKSUM_SIZE:].startswith(CHECKSUM)
     try:
-        zipfile.ZipFile(io.BytesIO(data)).close()
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            stored = sum(entry.file_size for entry in archive.infolist()) <= len(data)  # otherwise nothing is unpacked
+            is_damaged = not has_valid_checksum(data) if has_checksum else stored and archive.testzip() is not None
     except Exception:  # a truncated archive can raise anything
         raise ValueError(f"{path} is not a checkpoint or is truncated: it is not a complete zip archive") from None
-    if not data[-CHECKSUM_SIZE:].startswith(CHECKSUM):
-        raise ValueError(
-            f"the checkpoint {path} was cut short or not written by lightning-gpt: its checksum is missing"
-        )
-    if not has_valid_checksum(data):
+    if is_damaged:
         raise ValueError(f"the checkpoint {path} is damaged: its bytes do not match its checksum")
     try:
         checkpoint = read_plain(data)
@@ -183,12 +179,14 @@ def read_verified(path: Path) -> dict:
     parts = ("state_dict", "hyper_parameters", "datamodule_hyper_parameters")
     if not isinstance(checkpoint, dict) or any(not isinstance(checkpoint.get(part), dict) for part in parts):
         raise ValueError(f"{path} is a PyTorch file, but not a lightning-gpt checkpoint, which has {', '.join(parts)}")
-    file_format = checkpoint.get("format")
-    if type(file_format) is not int or file_format not in (FORMAT, QUANTIZED_FORMAT):
+    file_format = checkpoint.get("format", PLAIN_FORMAT)
+    if type(file_format) is not int or file_format not in (PLAIN_FORMAT, FORMAT, QUANTIZED_FORMAT):
         raise ValueError(
-            f"the checkpoint {path} has format {short_repr(file_format)}, and this lightning-gpt reads only {FORMAT} "
-            f"and {QUANTIZED_FORMAT}: install the version that wrote it"
+            f"the checkpoint {path} has format {short_repr(file_format)}, and this lightning-gpt reads {FORMAT} and "
+            f"{QUANTIZED_FORMAT}: install the version that wrote it"
         )
+    if file_format != PLAIN_FORMAT and not has_checksum:
+        raise ValueError(f"the checkpoint {path} is damaged: its checksum is missing")
     try:
         dequantize(checkpoint)
         check_contents(checkpoint)

@@ -176,7 +176,7 @@ def check_tokenizer(data: dict, vocab_size: int) -> None:
     """Raises ValueError unless the settings describe a tokenizer of `vocab_size` tokens."""
     kind, vocabulary = data.get("tokenizer"), data.get("vocabulary")
     strings = vocabulary, data.get("token_files")
-    if kind not in TOKENIZER_TYPES.values() or not all(isinstance(value, (str, type(None))) for value in strings):
+    if kind not in TOKENIZER_TYPES or not all(isinstance(value, (str, type(None))) for value in strings):
         raise ValueError(f"the tokenizer is {short_repr(kind)} with the vocabulary {short_repr(vocabulary)}")
     if data.get("on_unknown") not in ("error", "drop", "replace", "extend"):
         raise ValueError(f"data.on_unknown is {short_repr(data.get('on_unknown'))}")

@@ -1,4 +1,4 @@
-"""lightning-gpt fit | validate | test: LightningCLI, and what a checkpoint brings along."""
+"""lightning-gpt fit | validate | test: a LightningCLI that restores settings from checkpoints."""
 
 import logging
 import math
@@ -62,28 +62,28 @@ TRAINER_DEFAULTS = {
     "default_root_dir": str(RUNS_DIR),
     "max_steps": 5000,
     "val_check_interval": 250,
-    "check_val_every_n_epoch": None,  # steps are what counts: windows are drawn without end
+    "check_val_every_n_epoch": None,  # an epoch has no end: windows are sampled
     "log_every_n_steps": 50,
     "gradient_clip_val": 1.0,
-    "use_distributed_sampler": False,  # the data gives each rank its own share
+    "use_distributed_sampler": False,  # the datamodule shards the data by rank
     "num_sanity_val_steps": 0,
     "enable_model_summary": False,
 }
 
 
 class TrainingParser(Parser, LightningArgumentParser):
-    """The command line's parser, for classes of Lightning too."""
+    """Parser of this package with Lightning's class arguments."""
 
 
 class CLI(LightningCLI):
-    """LightningCLI with a name for the run and a checkpoint's own settings."""
+    """LightningCLI whose runs have a name and take their defaults from the checkpoint that they start from."""
 
-    run_folder: Path | None = None  # of the run that goes on in it
+    run_folder: Path | None = None  # of the run that resumes in place
     start_step = 0
     saver: CheckpointSaver | None = None
-    lock: int | None = None  # on the run's folder
-    asked: str | None = None  # the checkpoint to start from, as it was given: a path, best or last
-    state: dict[str, Any] | None = None  # of the run that goes on: its loops, and what its optimizer's state looks like
+    lock: int | None = None  # file descriptor that locks the run's folder
+    requested_checkpoint: str | None = None  # as given: a path, best or last
+    resume_state: dict[str, Any] | None = None  # loops, callbacks and, as meta tensors, the optimizer's state
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -96,7 +96,7 @@ class CLI(LightningCLI):
             "--save_every_n_steps", type=int, default=500, help="Optimizer steps between two saves of last.ckpt."
         )
         parser.add_lightning_class_args(SampleText, "sample")
-        # from model to data, as the checkpoint restores the model's
+        # links go from model to data, as load_from_checkpoint restores the model's block_size
         parser.link_arguments("model.block_size", "data.block_size")
         parser.link_arguments("data.vocab_size", "model.vocab_size", apply_on="instantiate")
         parser.link_arguments("seed_everything", "model.seed", compute_fn=int)
@@ -105,67 +105,68 @@ class CLI(LightningCLI):
     def parse_arguments(self, parser, args) -> None:
         self.config = parser.parse_args(args)
         command = self.config.subcommand
-        if self.config[command].ckpt_path is None:  # a run's own config says null, after the flag too
+        if self.config[command].ckpt_path is None:  # a run's config.yaml sets null, even after the flag
             self.config[command].ckpt_path = last_flag_value(args, "--ckpt_path")
-        self.asked = self.config[command].ckpt_path or (self.config.fit.model.init_from if command == "fit" else "best")
+        default = self.config.fit.model.init_from if command == "fit" else "best"
+        self.requested_checkpoint = self.config[command].ckpt_path or default
         if command in ("validate", "test") or (command == "fit" and self.config.fit.ckpt_path):
             self.start_from_checkpoint(parser, args, command)
         elif command == "fit" and self.config.fit.model.init_from:
             self.start_from_weights(parser, args)
         elif command == "fit" and self.config.fit.model.lecture_step:
-            self.start_from_rung(parser, args, self.config.fit.model.lecture_step)
+            self.start_from_lecture_step(parser, args, self.config.fit.model.lecture_step)
         if command == "fit":
             check_fit_settings(self.config.fit)
             check_remaining(self.config.fit.trainer, {})
 
     def start_from_checkpoint(self, parser, args: list[str], command: str) -> None:
         path = find_checkpoint(self.config[command].ckpt_path or "best")
-        saved = read_checkpoint(path)
-        if command == "fit" and "optimizer_states" not in saved:
-            raise ValueError(f"{path} has weights and no run to go on with: start from them with --model.init_from")
+        checkpoint = read_checkpoint(path)
+        if command == "fit" and "optimizer_states" not in checkpoint:
+            raise ValueError(f"{path} has weights but no training state: start from it with --model.init_from")
         try:
-            settings = run_settings(saved, command)
+            settings = run_settings(checkpoint, command)
         except ValueError as error:
-            raise ValueError(f"the checkpoint {path} is of no run that can be taken up: {error}") from None
-        own: dict[str, Any] = {}
-        lost: list[str] = []
+            raise ValueError(f"the settings in the checkpoint {path} are invalid: {error}") from None
+        with_classes: dict[str, Any] = {}
+        missing: list[str] = []
         given = list(self.config[command].trainer.callbacks or [])
         if command == "fit":
-            own, lost = class_settings(path, saved, self.config.fit.trainer.default_root_dir)
-        # the checkpoint's settings come first, so that configs and flags win over them ...
-        at, first = args.index(command) + 1, settings | {"trainer": settings["trainer"] | own}
+            with_classes, missing = class_settings(path, checkpoint, self.config.fit.trainer.default_root_dir)
+        # the checkpoint's settings come first, so that configs and flags override them ...
+        i, base = args.index(command) + 1, settings | {"trainer": settings["trainer"] | with_classes}
         self.config = parser.parse_args(
-            [*args[:at], f"--config={to_quoted_yaml(first)}", *args[at:], f"--ckpt_path={path}"]
+            [*args[:i], f"--config={to_quoted_yaml(base)}", *args[i:], f"--ckpt_path={path}"]
         )
         config = self.config[command]
         fill_from_checkpoint(config, settings)
-        if given and len(config.trainer.callbacks) > len(given):  # added to those of the run: none is there twice
-            again = {callback.class_path for callback in given}
-            of_run = config.trainer.callbacks[: -len(given)]
-            config.trainer.callbacks = [one for one in of_run if one.class_path not in again] + given
-        if config.data.on_unknown == "extend" == saved["datamodule_hyper_parameters"].get("on_unknown"):
+        if given and len(config.trainer.callbacks) > len(given):  # appended to the run's: drop those given again
+            classes = {callback.class_path for callback in given}
+            restored = config.trainer.callbacks[: -len(given)]
+            config.trainer.callbacks = [one for one in restored if one.class_path not in classes] + given
+        if config.data.on_unknown == "extend" == checkpoint["datamodule_hyper_parameters"].get("on_unknown"):
             config.data.on_unknown = "error"  # the vocabulary has been extended
-        # ... and where that must not be, the difference shows
+        # ... except for those that must not differ
         check_overrides(command, config, settings, path)
         check_paths(config.data, settings)
-        if command == "fit" and (lost := [name for name in lost if config.trainer[name] in (None, "auto")]):
+        if command == "fit" and (missing := [name for name in missing if config.trainer[name] in (None, "auto")]):
             print_info(
-                f"the run had trainer.{' and trainer.'.join(lost)} of its own, which no checkpoint brings along: "
-                "give --config with the config.yaml of its folder to have that again"
+                f"the run had trainer.{' and trainer.'.join(missing)}, which name classes and are not restored from "
+                "checkpoints: give --config with the config.yaml of the run's folder to restore them"
             )
         if command == "fit" and settings["model"].get("ema_decay") and not config.model.ema_decay:
-            print_info("model.ema_decay=0: training goes on from the weights themselves, and the average is dropped")
-        self.state = {"loops": saved.get("loops"), "callbacks": saved.get("callbacks")}
+            print_info("model.ema_decay=0: training resumes from the raw weights, and their average is dropped")
+        self.resume_state = {"loops": checkpoint.get("loops"), "callbacks": checkpoint.get("callbacks")}
         if command == "fit":
-            self.start_step = saved["global_step"]
-            without_numbers = apply_to_collection(saved["optimizer_states"], Tensor, lambda t: t.to("meta"))
-            self.state |= {"optimizer_states": without_numbers, "lr_schedulers": saved.get("lr_schedulers")}
+            self.start_step = checkpoint["global_step"]
+            shapes = apply_to_collection(checkpoint["optimizer_states"], Tensor, lambda t: t.to("meta"))
+            self.resume_state |= {"optimizer_states": shapes, "lr_schedulers": checkpoint.get("lr_schedulers")}
             if resumes_in_place(self.config.fit, settings, path):
                 self.run_folder = path.absolute().parents[1]
-        if command == "fit" and saved["global_step"] >= (steps := self.config.fit.trainer.max_steps):
+        if command == "fit" and checkpoint["global_step"] >= (steps := self.config.fit.trainer.max_steps):
             raise ValueError(
-                f"the checkpoint {path} is at step {saved['global_step']}, so trainer.max_steps={steps} leaves nothing "
-                "to do: give a larger number"
+                f"the checkpoint {path} is at step {checkpoint['global_step']}, so trainer.max_steps={steps} leaves "
+                "nothing to do: give a larger number"
             )
 
     def start_from_weights(self, parser, args: list[str]) -> None:
@@ -178,19 +179,19 @@ class CLI(LightningCLI):
         settings["model"]["block_size"] = min(settings["model"]["block_size"], self.config.fit.model.block_size)
         check_overrides("fit", self.config.fit, settings, path)
 
-    def start_from_rung(self, parser, args: list[str], lecture_step: str) -> None:
-        """Read the settings that the lecture step fixes first: one that differs afterwards was given by the user."""
+    def start_from_lecture_step(self, parser, args: list[str], lecture_step: str) -> None:
+        """Parses again with the fixed settings of the lecture step first: a config or flag that differs is an error."""
         fixed = LECTURE_STEPS[lecture_step].fixed
         self.config = parser.parse_args(["fit", f"--config={to_quoted_yaml({'model': fixed})}", *args[1:]])
         check_lecture_settings(lecture_step, {name: self.config.fit.model[name] for name in fixed})
 
     def _parse_ckpt_path(self) -> None:
-        """Done in parse_arguments; LightningCLI would put the checkpoint's settings over the flags, in silence."""
+        """Does nothing: LightningCLI's would silently override flags with the checkpoint's settings."""
 
     def instantiate_trainer(self, **kwargs) -> L.Trainer:
         fit, config = self.config.subcommand == "fit", self.config[self.config.subcommand]
         given = config.trainer
-        if self.run_folder:  # what was logged after the checkpoint will be logged again
+        if self.run_folder:  # purge what was logged after the checkpoint: it will be logged again
             root, version = self.run_folder.parents[1], int(self.run_folder.name.removeprefix("version_"))
             board = RunLogger(root, config.name, version, default_hp_metric=False, purge_step=self.start_step)
         else:
@@ -200,34 +201,34 @@ class CLI(LightningCLI):
         self.save_config_kwargs = {"board": board}
         if given.logger is None or given.logger is True:
             kwargs["logger"] = board if fit else False
-        theirs = self.config_init[self.config.subcommand].trainer.callbacks or []
-        theirs = list(theirs) if isinstance(theirs, (list, tuple)) else [theirs]
-        has_bar = given.enable_progress_bar is False or any(isinstance(callback, ProgressBar) for callback in theirs)
-        watchers: list[L.Callback] = [] if has_bar else [TrainingProgress()]
+        given_callbacks = self.config_init[self.config.subcommand].trainer.callbacks or []
+        given_callbacks = list(given_callbacks) if isinstance(given_callbacks, (list, tuple)) else [given_callbacks]
+        no_bar = given.enable_progress_bar is False or any(isinstance(each, ProgressBar) for each in given_callbacks)
+        callbacks: list[L.Callback] = [] if no_bar else [TrainingProgress()]
         if fit:
             self.throughput = Throughput()
-            watchers += [self.throughput, UpdateRatios(), ValidateAtEnd()]
+            callbacks += [self.throughput, UpdateRatios(), ValidateAtEnd()]
             if given.enable_checkpointing in (None, True):
                 self.io, self.saver = AsyncCheckpointIO(), CheckpointSaver(self.runs, config.save_every_n_steps)
                 kwargs["plugins"] = [self.io, *(self.config_init.fit.trainer.plugins or [])]
-                watchers += [self.saver, StopOnSignal(self.saver)]
+                callbacks += [self.saver, StopOnSignal(self.saver)]
         else:
             kwargs["plugins"] = [AsyncCheckpointIO(), *(self.config_init[self.config.subcommand].trainer.plugins or [])]
         if uses_several_devices(given):
             export_launcher_pid()
             if torch.cuda.is_available() and given.accelerator != "cpu" and not dist.is_nccl_available():
                 raise ValueError(
-                    "several GPUs talk through NCCL, and this build of torch has none: install one that has, as PyPI's "
-                    "for Linux, or give --trainer.devices 1"
+                    "training on several GPUs needs NCCL, which this build of torch lacks: install PyPI's for Linux, "
+                    "or give --trainer.devices 1"
                 )
             if given.strategy == "auto":
                 kwargs["strategy"] = "ddp_flat"
-        kwargs["callbacks"] = watchers + theirs
+        kwargs["callbacks"] = callbacks + given_callbacks
         if given.profiler == "xla" and find_spec("torch_xla") is None:
             raise ValueError("trainer.profiler=xla needs the package torch_xla, which is not installed")
         try:
             trainer = super().instantiate_trainer(**kwargs)
-        except ModuleNotFoundError as error:  # of a precision, strategy or logger whose package is not here
+        except ModuleNotFoundError as error:  # a precision, strategy or logger needs a package
             raise ValueError(
                 f"trainer.precision={given.precision} with trainer.strategy={given.strategy}: "
                 f"{' '.join(str(error).split())}"
@@ -237,19 +238,20 @@ class CLI(LightningCLI):
                 raise
             raise ValueError(
                 f"trainer.accelerator={given.accelerator} with trainer.devices={given.devices}: "
-                f"{' '.join(str(error).split())} Take auto for both; the accelerator cpu is always there"
+                f"{' '.join(str(error).split())} Use auto for both; the accelerator cpu always exists"
             ) from None
-        except Exception as error:  # a dozen kinds, by what Lightning's parts look at first
+        except Exception as error:  # Lightning's parts raise a dozen types
             raise ValueError(
-                f"no Trainer can be made of trainer.accelerator={given.accelerator}, trainer.devices={given.devices}, "
-                f"trainer.strategy={given.strategy} and what else it was given: {' '.join(str(error).split())[:300]}"
+                f"no Trainer can be built from trainer.accelerator={given.accelerator}, trainer.devices="
+                f"{given.devices}, trainer.strategy={given.strategy} and the other settings: "
+                f"{' '.join(str(error).split())[:300]}"
             ) from None
         check_launcher(trainer)
         check_world_size(trainer)
         return trainer
 
-    def refuse_unfit_state(self, state: dict[str, Any], subcommand: str) -> None:
-        """Raises ValueError if Lightning could not take up where the checkpoint says that it was."""
+    def check_resume_state(self, state: dict[str, Any], subcommand: str) -> None:
+        """Raises ValueError if Lightning can't resume from this state of a checkpoint."""
         loop = f"{subcommand}_loop"
         try:
             loops, callbacks = state["loops"], {} if state["callbacks"] is None else state["callbacks"]
@@ -266,21 +268,21 @@ class CLI(LightningCLI):
                     raise ValueError("it has no lr_schedulers")
                 progress = loops[loop]["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]["step"]
                 if (steps := progress["total"]["completed"]) != self.start_step:
-                    raise ValueError(f"its optimizer has taken {steps} steps, and the file says {self.start_step}")
+                    raise ValueError(f"its optimizer has taken {steps} steps, but its global_step is {self.start_step}")
                 check_optimizer_state(state["optimizer_states"], self.model.parameter_groups())
         except ValueError as error:
             path = self.config[subcommand].ckpt_path
             raise ValueError(
-                f"training can't go on from the checkpoint {path}: {error}. Its weights are there to start from, with "
+                f"training can't resume from the checkpoint {path}: {error}. Start from its weights with "
                 "--model.init_from"
             ) from None
 
     def before_fit(self) -> None:
-        self.datamodule.check_batch_size(self.trainer.world_size)  # here, before Lightning starts the others
+        self.datamodule.check_batch_size(self.trainer.world_size)  # before Lightning starts other processes
         check_monitors(self.trainer, self.model, self.datamodule.tokenizer)
-        if self.trainer.is_global_zero and self.asked:
+        if self.trainer.is_global_zero and self.requested_checkpoint:
             path = self.config.fit.ckpt_path or self.config.fit.model.init_from
-            print(f"starts from {describe_checkpoint(path, str(self.asked))}", flush=True)
+            print(f"starts from {describe_checkpoint(path, str(self.requested_checkpoint))}", flush=True)
         if self.config.fit.ckpt_path:
             self.model.init_from = None
         if self.trainer.is_global_zero and not self.trainer.fast_dev_run:
@@ -291,9 +293,9 @@ class CLI(LightningCLI):
         if self.trainer.is_global_zero:
             data, t = self.datamodule, self.trainer
             size = sum(p.numel() for p in self.model.net.parameters())
-            many = f"{size / 1e6:.2f}M" if size >= 1e5 else f"{size:,}"
+            parameters = f"{size / 1e6:.2f}M" if size >= 1e5 else f"{size:,}"
             print(
-                f"{many} parameters on {t.num_devices * t.num_nodes} x {t.strategy.root_device.type} "
+                f"{parameters} parameters on {t.num_devices * t.num_nodes} x {t.strategy.root_device.type} "
                 f"({t.precision}), {len(data.train_tokens):,} tokens to train on, {len(data.val_tokens):,} to "
                 f"validate, {t.max_steps:,} steps",
                 flush=True,
@@ -301,7 +303,8 @@ class CLI(LightningCLI):
 
     def before_validate(self) -> None:
         if self.trainer.is_global_zero:
-            print_info(describe_checkpoint(self.config[self.config.subcommand].ckpt_path, str(self.asked)))
+            path = self.config[self.config.subcommand].ckpt_path
+            print_info(describe_checkpoint(path, str(self.requested_checkpoint)))
 
     before_test = before_validate
 
@@ -313,13 +316,13 @@ class CLI(LightningCLI):
             return
         if self.io.failed:
             files = " and ".join(map(os.path.relpath, self.io.failed))
-            print_error(f"the training is done, but its last state is not in {files}")
+            print_error(f"training finished, but its last state could not be saved to {files}")
             sys.exit(1)
         if not math.isfinite(self.saver.best_loss):
             print(f"nothing was validated; the newest state is {os.path.relpath(self.saver.last)}")
             return
         path = os.path.relpath(self.saver.best)
-        me = program_name()
+        program = program_name()
         loss = self.trainer.callback_metrics["val/loss"]
         unit = "character" if isinstance(self.datamodule.tokenizer, CharTokenizer) else "token"
         print(
@@ -329,18 +332,18 @@ class CLI(LightningCLI):
         for piece in stream(*load(path), max_new_tokens=300):
             print(piece, end="", flush=True)
         prompt = "" if self.datamodule.tokenizer.unknown("ROMEO:") else ' --prompt "ROMEO:"'
-        print(f"\n\nNext:\n  {me} generate{prompt}\n  {me} validate --ckpt_path {path}")
+        print(f"\n\nNext:\n  {program} generate{prompt}\n  {program} validate --ckpt_path {path}")
 
     def _run_subcommand(self, subcommand: str) -> None:
-        if self.state:
-            self.refuse_unfit_state(self.state, subcommand)
+        if self.resume_state:
+            self.check_resume_state(self.resume_state, subcommand)
             if subcommand == "fit":
-                check_remaining(self.config.fit.trainer, self.state)
+                check_remaining(self.config.fit.trainer, self.resume_state)
         try:
             with lossy_output() if subcommand == "fit" else nullcontext():
                 super()._run_subcommand(subcommand)
         except SystemExit:
-            if self.trainer.interrupted and self.trainer.is_global_zero:  # by Ctrl-C where no saver waits for it
+            if self.trainer.interrupted and self.trainer.is_global_zero:  # by Ctrl-C without StopOnSignal
                 print_error(f"interrupted at step {self.trainer.global_step:,}")
             raise
         except Exception as error:
@@ -356,17 +359,17 @@ class CLI(LightningCLI):
                 self.lock = None
 
 
-def check_remaining(given, saved: dict) -> None:
-    """Raises ValueError if trainer.max_time or max_epochs leaves a run nothing to do, which may go on from `saved`."""
+def check_remaining(given, state: dict) -> None:
+    """Raises ValueError if trainer.max_time or max_epochs leaves nothing to do after `state` ({}: a new run)."""
     timer = Timer(given.max_time)
-    with suppress(TypeError, ValueError, AttributeError, OverflowError):  # Lightning's own state, which may be anything
-        timer.load_state_dict((saved.get("callbacks") or {}).get(timer.state_key, {}))
+    with suppress(TypeError, ValueError, AttributeError, OverflowError):  # the Timer's saved state is not checked
+        timer.load_state_dict((state.get("callbacks") or {}).get(timer.state_key, {}))
     if (left := timer.time_remaining()) is not None and left <= 0:
         raise ValueError(
             f"trainer.max_time={given.max_time} leaves nothing to do after {timer.time_elapsed():.0f} s of training: "
             "give more time, or null"
         )
-    fit_loop = saved.get("loops", {}).get("fit_loop", {})
+    fit_loop = state.get("loops", {}).get("fit_loop", {})
     epochs = fit_loop.get("epoch_progress", {}).get("current", {}).get("processed", 0)
     if given.max_epochs is not None and 0 <= given.max_epochs <= epochs:
         raise ValueError(
@@ -383,27 +386,27 @@ def stop_reason(trainer: L.Trainer) -> str:
             reason = callback.stopping_reason_message.replace(" Signaling Trainer to stop.", "")
             return f"EarlyStopping with patience={callback.patience}: {reason}"
         if isinstance(callback, Timer) and (left := callback.time_remaining()) is not None and left <= 0:
-            return f"the time that it was given is used up ({callback.time_elapsed():.0f} s; trainer.max_time)"
+            return f"trainer.max_time is reached ({callback.time_elapsed():.0f} s of training)"
     if 0 <= (trainer.max_epochs or -1) <= trainer.current_epoch:
         return f"trainer.max_epochs={trainer.max_epochs} is reached"
-    return "a callback asked for it (trainer.should_stop)"
+    return "a callback requested it (trainer.should_stop)"
 
 
 def keep_record(record: logging.LogRecord) -> bool:
-    """Whether it is a warning, or comes from a callback, which somebody chose; all use one logger of Lightning's."""
+    """Whether a record of Lightning's rank_zero logger is a warning, or comes from a callback or the tuner."""
     return record.levelno > logging.INFO or bool({"callbacks", "tuner"} & set(Path(record.pathname).parts))
 
 
 def configure_logging() -> None:
-    """Silence what Lightning tells everybody; what goes wrong, and what was asked for, is still said, once."""
-    threading.excepthook = lambda told: None  # TensorBoard's writer and SafeIO raise it in the main thread again
+    """Silences Lightning's general messages; warnings and the output of requested callbacks and profilers stay."""
+    threading.excepthook = lambda args: None  # TensorBoard's writer and AsyncCheckpointIO reraise in the main thread
     for name in "lightning.pytorch", "lightning.fabric":
         logging.getLogger(name).setLevel(logging.WARNING)
     for name in "callbacks", "profilers", "tuner", "utilities.rank_zero":
         logging.getLogger(f"lightning.pytorch.{name}").setLevel(logging.INFO)
     logging.getLogger("lightning.pytorch.utilities.rank_zero").addFilter(keep_record)
     logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)
-    # this one says that a process has died, before it kills the others
+    # logs that a process has died before it kills the others
     logging.getLogger("lightning.fabric.strategies.launchers.subprocess_script").setLevel(logging.INFO)
     for message in (
         ".*LeafSpec.*",
@@ -414,10 +417,10 @@ def configure_logging() -> None:
 
 
 def train(args: list[str], cli: type[CLI] = CLI) -> None:
-    """Do what the command line `args` says: fit, validate or test."""
+    """Runs the command line `args`: fit, validate or test."""
     configure_logging()
     if torch.cuda.is_available():
-        torch.set_float32_matmul_precision("high")  # TF32 in float32 products: far faster, and enough for training
+        torch.set_float32_matmul_precision("high")  # TF32: far faster, and precise enough
     try:
         cli(
             LanguageModel,
@@ -427,13 +430,13 @@ def train(args: list[str], cli: type[CLI] = CLI) -> None:
             seed_everything_default=1337,
             parser_kwargs={
                 "prog": "lightning-gpt",
-                "description": "Train and validate a GPT on Tiny Shakespeare or a text of yours.",
+                "description": "Train and validate a GPT on Tiny Shakespeare or your own text.",
                 "fit": {
-                    "description": "Train a model; without --config, the laptop's, or the one of --model.lecture_step. "
-                    "--ckpt_path goes on from there."
+                    "description": "Train a model. The default --config is laptop, or that of --model.lecture_step. "
+                    "--ckpt_path resumes a run."
                 },
-                "validate": {"description": "The loss of a checkpoint over its whole validation split."},
-                "test": {"description": "The same figures as validate, under test/."},
+                "validate": {"description": "Compute the loss of a checkpoint over its full validation split."},
+                "test": {"description": "Log the same metrics as validate, under test/."},
             },
             trainer_defaults=dict(TRAINER_DEFAULTS),
             auto_configure_optimizers=False,
@@ -442,28 +445,28 @@ def train(args: list[str], cli: type[CLI] = CLI) -> None:
         )
     except TrainingInterrupted as stop:
         with suppress(OSError):  # stderr may be a log on a full disk
-            print(f"lightning-gpt: {stop}. Go on with\n  {program_name()} fit --ckpt_path {stop.path}", file=sys.stderr)
+            print(f"lightning-gpt: {stop}. Resume:\n  {program_name()} fit --ckpt_path {stop.path}", file=sys.stderr)
         sys.exit(128 + stop.signum)
     except PeerLostError:
         print_error(
-            "another process of this run has ended or hangs; see what it said. What was saved is whole: go on with\n"
+            "another process of this run has ended or hangs; see its output. Saved checkpoints are intact; resume:\n"
             f"  {program_name()} fit --ckpt_path last"
         )
         sys.exit(1)
     except dist.DistNetworkError as error:
-        at = f"{os.environ.get('MASTER_ADDR', 'this machine')}, port {os.environ.get('MASTER_PORT', 'unknown')}"
-        what = "is taken by another program" if "EADDRINUSE" in str(error) else "can't be reached"
+        address = f"{os.environ.get('MASTER_ADDR', 'this machine')}, port {os.environ.get('MASTER_PORT', 'unknown')}"
+        problem = "is in use by another program" if "EADDRINUSE" in str(error) else "can't be reached"
         remedy = "set MASTER_PORT (torchrun: --master_port) to a free one, the same on every machine"
-        raise ValueError(f"the place for the processes to meet, {at}, {what}: {remedy}") from None
+        raise ValueError(f"the rendezvous address of the processes, {address}, {problem}: {remedy}") from None
     except DivergenceError as error:
         print_error(message_with_notes(error))
         sys.exit(1)
-    except (MisconfigurationException, ImportError) as error:  # a module that a setting asks for is not installed
+    except (MisconfigurationException, ImportError) as error:  # ImportError: a setting needs a module
         raise ValueError(" ".join(message_with_notes(error).split())) from None
     except RuntimeError as error:
         if "Early stopping conditioned on metric" in str(error):
             raise ValueError(" ".join(message_with_notes(error).split())) from None
-        if "returned nan values" not in str(error):  # trainer.detect_anomaly, which has shown where
+        if "returned nan values" not in str(error):  # from trainer.detect_anomaly, which has printed where
             raise
-        print_error(f"trainer.detect_anomaly stopped the training: {error} Take a lower rate")
+        print_error(f"trainer.detect_anomaly stopped training: {error} Use a lower learning rate")
         sys.exit(1)

@@ -156,8 +156,8 @@ class TextDataModule(L.LightningDataModule):
             raise ValueError(
                 f"data.token_files={token_files} and data.corpus={corpus} are two texts: set one of them to null"
             )
-        name = tokenizer or ("ids" if token_files else "char")
-        settings = TokenizerSettings(name, vocabulary, on_unknown, vocab_size)
+        tokenizer = tokenizer or ("ids" if token_files else "char")
+        settings = TokenizerSettings(tokenizer, vocabulary, on_unknown, vocab_size)
         if token_files:
             loaded = load_token_files(token_files, token_dtype, settings)
         else:

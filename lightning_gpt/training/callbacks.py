@@ -1,4 +1,4 @@
-"""Watchers: a callback looks, logs and prints; none changes what is trained. Savers are in saving.py."""
+"""Callbacks for samples, progress and a validation of the final weights; those that save are in checkpointing.py."""
 
 import sys
 import time
@@ -20,19 +20,20 @@ from .strategies import FSDP2Strategy
 
 
 class SampleText(L.Callback):
-    """After each validation, rank 0 continues each prompt: all to TensorBoard, the first to the console.
+    """Continues each prompt after each validation; logs all samples to TensorBoard and prints the first one.
 
-    There each prompt has a text of its own, `samples/PROMPT`, with what it became step by step, and how much of that
-    stands word for word in the training text (`samples/longest_copy`, `samples/copied_share`, see memorisation.py).
-    Training is bit for bit the same with and without it: it has a random generator of its own.
+    Each prompt gets the text `samples/PROMPT`. `samples/longest_copy` and `samples/copied_share` measure how much of
+    the samples is copied verbatim from the training text, see data/ngram_index.py. Samples do not change training: they
+    use a separate random generator, so runs with and without them are bit-identical.
 
     Args:
-        prompts: texts to go on from; null takes a few that the vocabulary can spell. Equally long ones go faster.
-        length: characters to write for each prompt; 0 switches samples off.
-        console_length: how many of the first sample's characters to print; 0 prints none.
-        temperature: below 1 safer, above 1 wilder; 0 takes the likeliest character.
-        top_k: draw among the k likeliest characters only; null draws from all.
-        seed: of the draws; the same one after every validation.
+        prompts: texts to continue; null takes a few that the vocabulary can encode. Prompts with the same number of
+            tokens are sampled in one batch.
+        length: number of tokens to generate for each prompt; 0 switches samples off.
+        console_length: number of characters of the first sample to print; 0 prints none.
+        temperature: divides the logits: less random below 1, more random above 1; 0 takes the most likely token.
+        top_k: sample from the k most likely tokens only; null samples from all.
+        seed: of the random generator, set again after every validation.
     """
 
     def __init__(
@@ -48,28 +49,28 @@ class SampleText(L.Callback):
             raise ValueError(f"sample.length={length} and sample.console_length={console_length} must be 0 or more")
         SamplingConfig(temperature, top_k)  # raises ValueError
         self.prompts, self.length, self.console_length, self.seed = prompts, length, console_length, seed
-        self.how = {"temperature": temperature, "top_k": top_k}
-        self.copies: NgramIndex | None = None
+        self.sampling = {"temperature": temperature, "top_k": top_k}
+        self.ngram_index: NgramIndex | None = None
 
     def setup(self, trainer: L.Trainer, lm: L.LightningModule, stage: str) -> None:
         tokenizer = trainer.datamodule.tokenizer
         for prompt in self.prompts or []:
             if not prompt:
                 raise ValueError("sample.prompts has an empty prompt: give it at least one character")
-            tokenizer.encode(prompt)  # an unknown character stops the run here, not at the first validation
-        likely = self.prompts or ["ROMEO:", "To be ", "What, "]
-        self.spelled = [p for p in likely if not tokenizer.unknown(p)] or [tokenizer.vocabulary[0]]
+            tokenizer.encode(prompt)  # an unknown character raises here, not at the first validation
+        candidates = self.prompts or ["ROMEO:", "To be ", "What, "]
+        self.encodable = [p for p in candidates if not tokenizer.unknown(p)] or [tokenizer.vocabulary[0]]
 
     def on_validation_end(self, trainer: L.Trainer, lm: L.LightningModule) -> None:
-        sharded = isinstance(trainer.strategy, FSDP2Strategy)  # then every rank has to take part
+        sharded = isinstance(trainer.strategy, FSDP2Strategy)  # then every rank has to run the forward pass
         if trainer.sanity_checking or not self.length or trainer.state.fn != "fit":
             return
         if not (trainer.is_global_zero or sharded):
             return
         if not trainer.callback_metrics["val/loss"].isfinite():
-            return  # a net that has diverged has nothing to say
-        tokens_of = {prompt: len(trainer.datamodule.tokenizer.encode(prompt)) for prompt in self.spelled}
-        same_length = groupby(sorted(tokens_of, key=tokens_of.__getitem__), key=tokens_of.__getitem__)  # one batch each
+            return  # the net has diverged
+        n_tokens = {prompt: len(trainer.datamodule.tokenizer.encode(prompt)) for prompt in self.encodable}
+        same_length = groupby(sorted(n_tokens, key=n_tokens.__getitem__), key=n_tokens.__getitem__)  # one batch each
         samples = [pair for _, prompts in same_length for pair in self.sample(trainer, lm, list(prompts))]
         if not trainer.is_global_zero:
             return
@@ -81,69 +82,69 @@ class SampleText(L.Callback):
     def sample(self, trainer: L.Trainer, lm: L.LightningModule, prompts: list[str]) -> list[tuple[str, Tensor]]:
         encoded = [trainer.datamodule.tokenizer.encode(prompt) for prompt in prompts]
         idx = torch.as_tensor(torch.stack(encoded), device=lm.device)
-        dice = torch.Generator(lm.device).manual_seed(self.seed)
-        ids = generate_ids(cast(LanguageModel, lm).eval_net, idx, self.length, generator=dice, **self.how)
+        generator = torch.Generator(lm.device).manual_seed(self.seed)
+        ids = generate_ids(cast(LanguageModel, lm).eval_net, idx, self.length, generator=generator, **self.sampling)
         return list(zip(prompts, ids.cpu(), strict=True))
 
     def log_samples(self, trainer: L.Trainer, samples: list[tuple[str, Tensor]], texts: list[str]) -> None:
-        """To all loggers, with how much of what was written (the prompt does not count) is copied."""
+        """Logs the samples to all loggers, with the share of the generated text (without the prompt) that is copied."""
         data, step = trainer.datamodule, trainer.global_step - 1  # Lightning counts the steps it logs from 0
         if not trainer.loggers:
             return
-        if self.copies is None:
-            self.copies = NgramIndex(data.text_tokens, data.vocab_size)
-            *_, self.usual = self.copies.find(data.val_tokens[:10_000])
-        n, unit = self.copies.n, "characters" if isinstance(data.tokenizer, CharTokenizer) else "tokens"
-        written = [ids[-self.length :] for _, ids in samples]
-        found = [self.copies.find(ids) for ids in written]
-        for (prompt, _), ids, text, (start, length, share) in zip(samples, written, texts, found, strict=True):
+        if self.ngram_index is None:
+            self.ngram_index = NgramIndex(data.text_tokens, data.vocab_size)
+            *_, self.val_copied_share = self.ngram_index.find(data.val_tokens[:10_000])
+        n, unit = self.ngram_index.n, "characters" if isinstance(data.tokenizer, CharTokenizer) else "tokens"
+        generated = [ids[-self.length :] for _, ids in samples]
+        found = [self.ngram_index.find(ids) for ids in generated]
+        for (prompt, _), ids, text, (start, length, share) in zip(samples, generated, texts, found, strict=True):
             copied = data.tokenizer.decode(ids[start : start + length])
-            code = repr(copied).replace("`", "'")  # between backticks, or TensorBoard would take it for Markdown
+            code = repr(copied).replace("`", "'")  # without backticks, as it is set as Markdown code
             run = f"{length} {unit}, `{code}`" if length else f"fewer than {n} {unit}"
-            words = (
-                f"Longest run copied from the training text: {run}. Of its runs of {n} {unit}, {share:.0%} stand there "
-                f"(of the validation text's, {self.usual:.0%})."
+            summary = (
+                f"Longest run copied from the training text: {run}. {share:.0%} of all runs of {n} {unit} occur there "
+                f"(validation text: {self.val_copied_share:.0%})."
             )
             for logger in trainer.loggers:
                 if hasattr(logger.experiment, "add_text"):
                     tag = "samples/" + prompt.replace("\n", "↵")
-                    fenced = text.replace("`", "'")  # three would end the block
-                    logger.experiment.add_text(tag, f"```\n{fenced}\n```\n\n{words}", step)
+                    fenced = text.replace("`", "'")  # three backticks would end the block
+                    logger.experiment.add_text(tag, f"```\n{fenced}\n```\n\n{summary}", step)
         _, lengths, shares = zip(*found, strict=True)
         for logger in trainer.loggers:
-            copied_most = {"samples/longest_copy": max(lengths), "samples/copied_share": sum(shares) / len(shares)}
-            logger.log_metrics(copied_most, step)
+            metrics = {"samples/longest_copy": max(lengths), "samples/copied_share": sum(shares) / len(shares)}
+            logger.log_metrics(metrics, step)
 
 
 def monitorable_metrics(lm: LanguageModel, tokenizer: Tokenizer, after_training: bool = True) -> list[str]:
-    """The names that a validation finds logged; those of training only if values of a step were written before it."""
+    """Names of the metrics that callbacks can monitor; includes training metrics only if `after_training`."""
     bpc = ["bpc"] if tokenizer.chars_per_token is not None else []
     muon = ["muon_lr"] if lm.hparams.optimizer == "muon" else []
     names = [f"val/{name}" for name in ("loss", "perplexity", *bpc, "best")]
-    of_training = ["val/generalization_gap", *(f"train/{name}" for name in ("loss", *bpc, "lr", *muon, "grad_norm"))]
-    return names + of_training * after_training
+    train_names = ["val/generalization_gap", *(f"train/{name}" for name in ("loss", *bpc, "lr", *muon, "grad_norm"))]
+    return names + train_names * after_training
 
 
 def check_monitors(trainer: L.Trainer, lm: LanguageModel, tokenizer: Tokenizer) -> None:
-    """Raises ValueError if early stopping or a checkpoint callback waits for a figure that nobody logs."""
-    ours = "lightning_gpt", "lightning"
-    if any(type(callback).__module__.split(".")[0] not in ours for callback in trainer.callbacks):
-        return  # one of the user's own may log what it likes
+    """Raises ValueError if early stopping or a checkpoint callback monitors a metric that is not logged in time."""
+    known = "lightning_gpt", "lightning"
+    if any(type(callback).__module__.split(".")[0] not in known for callback in trainer.callbacks):
+        return  # a user's callback may log other metrics
     every, interval = trainer.log_every_n_steps * trainer.accumulate_grad_batches, trainer.val_check_interval
     names = monitorable_metrics(lm, tokenizer, after_training=0 < every <= cast(int, interval))
     for callback in trainer.callbacks:
         monitor = getattr(callback, "monitor", None)
         if isinstance(callback, EarlyStopping | ModelCheckpoint) and monitor and monitor not in names:
             late = monitor in monitorable_metrics(lm, tokenizer)
-            what = "comes after the first validation" if late else "is logged by nobody"
+            problem = "is first logged after the first validation" if late else "is not logged"
             raise ValueError(
-                f"{type(callback).__name__}'s monitor={monitor} {what}: give one of {', '.join(names)}"
-                + (", or a trainer.log_every_n_steps up to trainer.val_check_interval" if late else "")
+                f"{type(callback).__name__}'s monitor={monitor} {problem}: give one of {', '.join(names)}"
+                + (", or trainer.log_every_n_steps at most trainer.val_check_interval" if late else "")
             )
 
 
 class ValidateAtEnd(L.Callback):
-    """A run ends with a validation of its final weights, whatever ends it, max_steps or max_epochs."""
+    """Validates the final weights at the end of a run, whether max_steps or max_epochs ends it."""
 
     def on_train_batch_end(self, trainer: L.Trainer, lm: L.LightningModule, *_) -> None:
         if trainer.global_step == cast(LanguageModel, lm).total_steps:
@@ -151,13 +152,13 @@ class ValidateAtEnd(L.Callback):
 
 
 class TrainingProgress(TQDMProgressBar):
-    """One bar with losses, the best so far, speed and time left; in a pipe or a file, a plain line now and then."""
+    """Shows losses, the best so far, speed and time left in one bar; prints plain lines without a terminal."""
 
-    SECONDS = 10  # between two plain lines
+    SECONDS = 10  # of training between two plain lines
 
     def __init__(self):
-        in_notebook = type(sys.stdout).__module__.startswith("ipykernel")  # which is no terminal, and draws bars
-        super().__init__(refresh_rate=50 if in_notebook else 10)  # an exported notebook has a line for each refresh
+        in_notebook = type(sys.stdout).__module__.startswith("ipykernel")  # not a terminal, but it can draw bars
+        super().__init__(refresh_rate=50 if in_notebook else 10)  # an exported notebook gets a line per refresh
         self.has_bar = sys.stdout.isatty() or in_notebook
         self.last_line = time.monotonic()
 
@@ -172,11 +173,11 @@ class TrainingProgress(TQDMProgressBar):
         super().on_train_start(trainer, *_)
         self.start, self.start_step = time.monotonic(), trainer.global_step
         bar = self.train_progress_bar
-        bar.initial = bar.n = trainer.fit_loop.total_batch_idx + 1  # the time left is of what comes
+        bar.initial = bar.n = trainer.fit_loop.total_batch_idx + 1  # initial: the speed counts new steps only
         self.set_up_bar(trainer)
 
     def on_train_epoch_start(self, trainer: L.Trainer, *_) -> None:
-        super().on_train_epoch_start(trainer)  # which a resumed run does not get to
+        super().on_train_epoch_start(trainer)  # not called when a run resumes within an epoch
         self.set_up_bar(trainer)
 
     def set_up_bar(self, trainer: L.Trainer) -> None:
@@ -184,12 +185,12 @@ class TrainingProgress(TQDMProgressBar):
         self.train_progress_bar.total = trainer.max_steps * trainer.accumulate_grad_batches
 
     def get_metrics(self, trainer: L.Trainer, lm: L.LightningModule) -> dict[str, int | str | float | dict[str, float]]:
-        seen = trainer.callback_metrics
+        logged = trainer.callback_metrics
         shown = {"loss": "train/loss", "val": "val/loss", "best": "val/best"}
         metrics: dict[str, int | str | float | dict[str, float]] = {
-            name: f"{seen[key]:.3f}" for name, key in shown.items() if key in seen
+            name: f"{logged[key]:.3f}" for name, key in shown.items() if key in logged
         }
-        if (speed := seen.get("perf/tokens_per_second")) is not None:
+        if (speed := logged.get("perf/tokens_per_second")) is not None:
             metrics["tokens/s"] = f"{speed:,.0f}"
         return metrics
 

@@ -1,4 +1,4 @@
-"""What a run leaves behind, whatever happens: its config, best.ckpt, last.ckpt, and a way to stop at a signal."""
+"""Saves the config, best.ckpt and last.ckpt of a run, also when a signal or an exception stops it."""
 
 import math
 import os
@@ -29,20 +29,20 @@ from .strategies import FSDP2Strategy, is_peer_lost
 
 
 class AsyncCheckpointIO(CheckpointIO):
-    """Checkpoints are written beside training, as `write_checkpoint` does it, and read as `read_checkpoint` does.
+    """Writes checkpoints with `write_checkpoint` in a background thread and reads them with `read_checkpoint`.
 
-    Training waits for a copy in memory only. A disk that is full, or memory that has run out, is said and does not stop
-    it: the file from before is still there, and the next save tries again.
+    Training waits only for a copy in memory. A full disk or a lack of memory prints a warning and does not stop
+    training: the earlier file is untouched, and the next save tries again.
     """
 
     def __init__(self) -> None:
-        self.failed: dict[Path, Exception] = {}  # files whose last save went wrong
-        self.written: dict[Path, int] = {}  # the step that a file is of
+        self.failed: dict[Path, Exception] = {}  # files whose last save failed, with the error
+        self.written: dict[Path, int] = {}  # the step that each file holds
         self.pool: ThreadPoolExecutor | None = None
         self.pending: deque[Future] = deque()
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path, storage_options: Any | None = None) -> None:
-        while len(self.pending) > 1:  # a disk slower than the saves: don't pile up copies
+        while len(self.pending) > 1:  # the disk is slower than the saves: do not accumulate copies
             self.pending.popleft().result()
         try:
             copy = apply_to_collection(checkpoint, Tensor, lambda t: t.detach().clone())
@@ -54,32 +54,28 @@ class AsyncCheckpointIO(CheckpointIO):
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
-            self.fail(Path(path), checkpoint["global_step"], error)
+            self.record_failure(Path(path), checkpoint["global_step"], error)
 
-    def write(self, saved: dict[str, Any], path: Path, ready: torch.cuda.Event | None) -> None:
+    def write(self, checkpoint: dict[str, Any], path: Path, ready: torch.cuda.Event | None) -> None:
         try:
-            if ready is not None:  # on a stream of its own, or the copy to the host would stand in training's way
+            if ready is not None:  # a separate stream, so that the copy to the host does not delay training
                 with torch.cuda.stream(torch.cuda.Stream()):
                     torch.cuda.current_stream().wait_event(ready)
-                    saved = apply_to_collection(saved, Tensor, Tensor.cpu)
-            write_checkpoint(saved, path)
-        except (
-            OSError,
-            MemoryError,
-            RuntimeError,
-        ) as error:  # torch says some of what a disk or memory says its own way
-            self.fail(path, saved.get("global_step", 0), error)
+                    checkpoint = apply_to_collection(checkpoint, Tensor, Tensor.cpu)
+            write_checkpoint(checkpoint, path)
+        except (OSError, MemoryError, RuntimeError) as error:  # torch raises RuntimeError for some disk errors
+            self.record_failure(path, checkpoint.get("global_step", 0), error)
         else:
             self.failed.pop(path, None)
-            self.written[path] = saved.get("global_step", 0)
+            self.written[path] = checkpoint.get("global_step", 0)
 
-    def fail(self, path: Path, step: int, error: Exception) -> None:
+    def record_failure(self, path: Path, step: int, error: Exception) -> None:
         self.failed[path] = error
         reason = getattr(error, "strerror", None) or str(error).split("\n")[0]
         reason = "out of memory" if is_out_of_memory(error) else reason
         print(
             f"warning: {os.path.relpath(path)} could not be saved at step {step}: {reason}. "
-            "What was saved before is untouched, and the next save tries again",
+            "The earlier file is untouched, and the next save tries again",
             file=sys.stderr,
         )
 
@@ -90,7 +86,7 @@ class AsyncCheckpointIO(CheckpointIO):
         Path(path).unlink(missing_ok=True)
 
     def wait(self) -> None:
-        """Until all is written that was asked for."""
+        """Waits until all requested saves are written."""
         while self.pending:
             self.pending.popleft().result()
 
@@ -102,27 +98,28 @@ class AsyncCheckpointIO(CheckpointIO):
 
 
 def set_loop_counters(loops: dict[str, dict], steps: int, batches: int | None, due: bool, begun: bool) -> None:
-    """Make Lightning's counters those of the moment after `steps` steps, wherever an exception has left them.
+    """Sets Lightning's counters in place to their values after `steps` steps, wherever an exception has left them.
 
     Args:
-        loops: the fit loop's state, which is changed.
-        batches: that made up these steps; None leaves the counters of batches alone.
-        due: a validation is still to be made there, from its beginning; a resumed run then makes it first.
-        begun: it had begun.
+        loops: the state of the fit loop.
+        steps: number of completed optimizer steps.
+        batches: number of batches in these steps; None leaves the batch counters unchanged.
+        due: whether a validation is due after these steps; a resumed run then starts with it, from its first batch.
+        begun: whether that validation had begun.
     """
 
-    def put(progress: dict[str, Any], total: int) -> None:
-        earlier = progress["total"]["completed"] - progress["current"]["completed"]  # those of epochs before this one
+    def set_count(progress: dict[str, Any], total: int) -> None:
+        earlier = progress["total"]["completed"] - progress["current"]["completed"]  # in earlier epochs
         for part, n in {"total": total, "current": total - earlier}.items():
             progress[part] = dict.fromkeys(progress[part], n)
 
     if batches is not None:
-        put(loops["epoch_loop.batch_progress"], batches)
+        set_count(loops["epoch_loop.batch_progress"], batches)
         loops["epoch_loop.batch_progress"]["is_last_batch"] = False
     for progress in loops["epoch_loop.automatic_optimization.optim_progress"]["optimizer"].values():
-        put(progress, steps)
+        set_count(progress, steps)
     loops["epoch_loop.state_dict"]["_batches_that_stepped"] = steps
-    if due:  # Lightning takes up a validation that is one batch short; it counts from 0, and Save mends the total
+    if due:  # Lightning resumes a validation that is one batch short, from batch 0; CheckpointSaver corrects the total
         validation = loops["epoch_loop.val_loop.batch_progress"]
         done = validation["total"]["completed"] - (validation["current"]["completed"] if begun else 0)
         validation["current"] = dict.fromkeys(validation["current"], 0)
@@ -132,18 +129,18 @@ def set_loop_counters(loops: dict[str, dict], steps: int, batches: int | None, d
 class CheckpointSaver(Checkpoint):
     """Writes last.ckpt after each validation, every N steps and at the end; best.ckpt after the best validation so far.
 
-    best.ckpt always holds the very weights that its `val_loss` was measured on. Weights that are no numbers are never
-    saved. An exception costs no finished step, either: that one is saved before the exception goes on.
+    best.ckpt always holds the weights that its `val_loss` was measured on. Weights that are NaN or infinite are never
+    saved. After an exception, the last completed step is saved before the exception propagates, see `rescue`.
 
     Args:
-        folder: to write into; a best.ckpt there is replaced by a better one only. Rank 0's counts.
+        folder: the output folder; all ranks use that of rank 0. A best.ckpt there is only replaced by a better one.
         every_n_steps: optimizer steps between two saves; 0 saves after validations and at the end only.
     """
 
     def __init__(self, folder: str | Path, every_n_steps: int = 500):
         self.folder, self.every_n_steps, self.saved_step, self.val_step = Path(folder), every_n_steps, -1, -1
         self.best_loss = self.val_loss = self.start_step = float("inf")
-        self.updating = -1  # the step before the one whose update has begun
+        self.updating = -1  # the global step at which the latest optimizer update began
 
     @property
     def last(self) -> Path:
@@ -158,27 +155,27 @@ class CheckpointSaver(Checkpoint):
 
     def on_train_start(self, trainer: L.Trainer, lm: L.LightningModule) -> None:
         self.start_step = trainer.global_step
-        for draft in self.folder.glob(f"{TMP_PREFIX}*"):
+        for temporary in self.folder.glob(f"{TMP_PREFIX}*"):
             if trainer.is_global_zero:
-                draft.unlink(missing_ok=True)  # of a process that was killed
-        self.look_at_the_disk(trainer)
+                temporary.unlink(missing_ok=True)  # left by a process that was killed
+        self.read_best_loss(trainer)
 
-    def look_at_the_disk(self, trainer: L.Trainer) -> None:
-        """The loss to beat is that of the best.ckpt which is there, whatever run or branch of it wrote that."""
+    def read_best_loss(self, trainer: L.Trainer) -> None:
+        """Sets the loss to beat to that of the best.ckpt on disk, whichever run wrote it; infinite without one."""
         best_loss = float("inf")
         if trainer.is_global_zero:
-            with suppress(OSError, ValueError):  # none there, or a damaged one
+            with suppress(OSError, ValueError):  # missing or damaged
                 best_loss = read_verified(self.best).get("val_loss", best_loss)
         self.best_loss = trainer.strategy.broadcast(best_loss)
 
-    def on_save_checkpoint(self, trainer: L.Trainer, lm: L.LightningModule, saved: dict[str, Any]) -> None:
-        saved["val_loss"] = self.val_loss if self.val_step == trainer.global_step else math.nan
+    def on_save_checkpoint(self, trainer: L.Trainer, lm: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint["val_loss"] = self.val_loss if self.val_step == trainer.global_step else math.nan
 
     def save(self, trainer: L.Trainer, path: Path) -> None:
         cast(LanguageModel, trainer.lightning_module).check_divergence()
         if not trainer.fast_dev_run:
             for logger in trainer.loggers:
-                logger.save()  # text and all to disk too, as what comes before a save will not be logged again
+                logger.save()  # flush: a run resumed from this checkpoint does not log earlier steps again
             trainer.save_checkpoint(path)
             self.saved_step = trainer.global_step
 
@@ -188,14 +185,14 @@ class CheckpointSaver(Checkpoint):
     def on_validation_start(self, trainer: L.Trainer, *_) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             total = trainer.fit_loop.epoch_loop.val_loop.batch_progress.total
-            total.started = total.processed = total.completed = total.ready  # see between_steps
+            total.started = total.processed = total.completed = total.ready  # see set_loop_counters
 
     def on_validation_end(self, trainer: L.Trainer, *_) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking:
             self.val_loss, self.val_step = trainer.callback_metrics["val/loss"].item(), trainer.global_step
             if not math.isfinite(self.val_loss):
                 step = f"{trainer.global_step:,}"
-                raise DivergenceError(f"val/loss became {self.val_loss} at step {step}: take a lower learning rate")
+                raise DivergenceError(f"val/loss became {self.val_loss} at step {step}: lower the learning rate")
 
     def on_step_done(self, trainer: L.Trainer) -> None:
         n, step = self.every_n_steps, trainer.global_step
@@ -203,7 +200,7 @@ class CheckpointSaver(Checkpoint):
             return
         if step == self.val_step:
             if trainer.strategy.broadcast(self.best in getattr(trainer.strategy.checkpoint_io, "failed", ())):
-                self.look_at_the_disk(trainer)
+                self.read_best_loss(trainer)
             if self.val_loss < self.best_loss:
                 self.best_loss = self.val_loss
                 self.save(trainer, self.best)
@@ -216,13 +213,13 @@ class CheckpointSaver(Checkpoint):
             self.save(trainer, self.last)
 
     def on_exception(self, trainer: L.Trainer, lm: L.LightningModule, exception: BaseException) -> None:
-        if isinstance(exception, TrainingInterrupted):  # after a save
+        if isinstance(exception, TrainingInterrupted):  # StopOnSignal has saved
             return
         io = trainer.strategy.checkpoint_io
         if not isinstance(exception, DivergenceError) and trainer.global_step > max(self.start_step, self.saved_step):
             try:
                 self.rescue(trainer, cast(LanguageModel, lm), exception)
-            except Exception as error:  # the first exception is the one to tell of
+            except Exception as error:  # the first exception is the one to report
                 exception.add_note(f"Step {trainer.global_step:,} could not be saved: {error}")
         if isinstance(io, AsyncCheckpointIO):
             io.wait()
@@ -231,33 +228,33 @@ class CheckpointSaver(Checkpoint):
                 exception.add_note(f"The last good checkpoint is {path}, of step {io.written[self.last]:,}")
 
     def rescue(self, trainer: L.Trainer, lm: LanguageModel, exception: BaseException) -> None:
-        """Save the step that is finished, without the other ranks, which may not take part any more."""
+        """Saves the last completed step from rank 0 alone, because other ranks may be gone; not under fsdp2."""
         loop, step = trainer.fit_loop.epoch_loop, trainer.global_step
         progress = loop.automatic_optimization.optim_progress.optimizer.step.total
-        half_done = self.updating == step and progress.ready > progress.completed
+        mid_update = self.updating == step and progress.ready > progress.completed
         alone = trainer.is_global_zero and not isinstance(trainer.strategy, FSDP2Strategy) and not trainer.fast_dev_run
-        if half_done or not alone or isinstance(exception, Exception) and is_peer_lost(exception):
+        if mid_update or not alone or isinstance(exception, Exception) and is_peer_lost(exception):
             return
         if lm.bad_losses or not torch.nn.utils.get_total_norm(lm.net.parameters()).isfinite():
             return
         endless = trainer.num_training_batches == float("inf")
         batches = step * trainer.accumulate_grad_batches if endless else None
-        at_end = loop.batch_progress.total.ready == batches  # and not in a batch of the next step
+        at_end = loop.batch_progress.total.ready == batches  # no batch of the next step has begun
         soon = at_end and validation_is_due(trainer)
         due = (trainer.validating or soon) and self.val_step != step
-        saved = checkpoint_dict(trainer)
-        set_loop_counters(saved["loops"]["fit_loop"], step, batches, due, trainer.validating)
+        checkpoint = checkpoint_dict(trainer)
+        set_loop_counters(checkpoint["loops"]["fit_loop"], step, batches, due, trainer.validating)
         for logger in trainer.loggers:
             logger.save()
         if self.val_step == step and self.val_loss < self.best_loss:
-            trainer.strategy.save_checkpoint(saved, self.best)
-        trainer.strategy.save_checkpoint(saved, self.last)
+            trainer.strategy.save_checkpoint(checkpoint, self.best)
+        trainer.strategy.save_checkpoint(checkpoint, self.last)
 
 
 class ConfigSaver(SaveConfigCallback):
-    """Puts the run's settings into config.yaml of its folder and, as text, into every checkpoint.
+    """Writes the run's settings to config.yaml in its folder and, as text, into every checkpoint.
 
-    A run that goes on in its folder leaves that file alone and writes config_from_step_N.yaml.
+    A run that resumes in its folder keeps that file and writes config_from_step_N.yaml.
     """
 
     def __init__(self, parser, config, board: RunLogger):
@@ -281,19 +278,19 @@ class ConfigSaver(SaveConfigCallback):
         except OSError as error:
             print(
                 f"warning: {os.path.relpath(file)} could not be written: {error.strerror or error}. "
-                "Every checkpoint has these settings too",
+                "Every checkpoint contains these settings too",
                 file=sys.stderr,
             )
         for logger in trainer.loggers:
             if hasattr(logger.experiment, "add_text"):
                 logger.experiment.add_text("run/config", f"```yaml\n{self.text()}\n```", trainer.global_step)
 
-    def on_save_checkpoint(self, trainer: L.Trainer, lm: L.LightningModule, saved: dict) -> None:
-        saved["config"] = self.text()
+    def on_save_checkpoint(self, trainer: L.Trainer, lm: L.LightningModule, checkpoint: dict) -> None:
+        checkpoint["config"] = self.text()
 
 
 class TrainingInterrupted(Exception):
-    """A signal ended the training, after its step was finished and saved."""
+    """A signal ended the training after the current step was completed and saved."""
 
     def __init__(self, signum: int, step: int, path: Path):
         self.signum, self.path = signum, path
@@ -301,19 +298,19 @@ class TrainingInterrupted(Exception):
 
 
 class StopOnSignal(L.Callback):
-    """SIGTERM, Ctrl-C and SLURM's SIGUSR1 end a run after its step, a validation if one is due, and a save.
+    """Ends a run on SIGTERM, Ctrl-C or SLURM's SIGUSR1 after the current step, a validation if due, and a save.
 
-    A second signal ends it at once; then the last save counts.
+    A second signal ends it at once, without a save.
     """
 
-    EVERY = 20  # steps between two rounds of asking each other, on several devices
+    EVERY = 20  # steps between two checks whether any rank got a signal, on several devices
 
     def __init__(self, saver: CheckpointSaver):
         self.saver, self.received, self.handlers = saver, 0, dict[int, Any]()
 
     def on_train_start(self, trainer: L.Trainer, *_) -> None:
         if threading.current_thread() is not threading.main_thread():
-            return  # Python takes signals in the main thread only
+            return  # Python can set signal handlers in the main thread only
         signals = [signal.SIGTERM, signal.SIGINT]
         if "SLURM_JOB_ID" in os.environ:
             signals.append(signal.SIGUSR1)
@@ -323,25 +320,25 @@ class StopOnSignal(L.Callback):
         self.received = signum
         for number in self.handlers:
             signal.signal(number, signal.SIG_DFL)
-        with suppress(OSError):  # a full disk, a terminal that has gone
+        with suppress(OSError):  # a full disk or a closed terminal
             name = signal.Signals(signum).name
-            os.write(2, f"\n{name}: finishing this step and saving; again to stop at once\n".encode())
+            os.write(2, f"\n{name}: finishing this step and saving; send it again to stop at once\n".encode())
 
     def on_validation_end(self, trainer: L.Trainer, *_) -> None:
-        self.saver.on_validation_end(trainer)  # whose turn is after all others, and one of those may fail
+        self.saver.on_validation_end(trainer)  # Lightning calls the saver last, after callbacks that may raise
 
     def on_step_done(self, trainer: L.Trainer) -> None:
         if trainer.world_size > 1:
             if trainer.global_step % self.EVERY:
                 return
-            asked = torch.tensor(self.received, device=trainer.strategy.root_device)
-            self.received = int(trainer.strategy.reduce(asked, reduce_op="max"))
+            received = torch.tensor(self.received, device=trainer.strategy.root_device)
+            self.received = int(trainer.strategy.reduce(received, reduce_op="max"))
         if self.received:
             if self.saver.saved_step != trainer.global_step:
                 self.saver.save(trainer, self.saver.last)
             if isinstance(io := trainer.strategy.checkpoint_io, AsyncCheckpointIO):
                 io.wait()
-            trainer.strategy.barrier()  # nobody leaves before all is on the disk
+            trainer.strategy.barrier()  # no rank leaves before everything is on disk
             raise TrainingInterrupted(self.received, trainer.global_step, Path(os.path.relpath(self.saver.last)))
 
     def teardown(self, trainer: L.Trainer, lm: L.LightningModule, stage: str) -> None:

@@ -1,4 +1,4 @@
-"""The folder of a run, which no other run shares, and TensorBoard's files in it, which no full disk breaks."""
+"""Creates and locks the folder of a run, and writes TensorBoard's files so that a full disk does not stop training."""
 
 import errno
 import os
@@ -15,7 +15,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 
 def create_run_folder(runs: Path) -> Path:
-    """Make the folder of a new run, version_N below `runs`; of several that ask at once each gets another one."""
+    """Creates the folder version_N of a new run in `runs`; concurrent callers get different folders."""
     runs.mkdir(parents=True, exist_ok=True)
     taken = [int(found[1]) for path in runs.iterdir() if (found := re.fullmatch(r"version_(\d+)", path.name))]
     for n in count(max(taken, default=-1) + 1):
@@ -26,12 +26,13 @@ def create_run_folder(runs: Path) -> Path:
 
 
 def lock_run_folder(folder: Path) -> int | None:
-    """Keep other processes from training in a run's folder until the descriptor that this returns is closed.
+    """Locks a run's folder against training in another process.
 
-    A process that is killed holds nothing any more. None where the file system has no locks.
+    Returns:
+        a file descriptor; closing it, or the end of the process, releases the lock. None if locks are not supported.
 
     Raises:
-        ValueError: another process holds it.
+        ValueError: another process holds the lock.
     """
     try:
         import fcntl
@@ -43,86 +44,82 @@ def lock_run_folder(folder: Path) -> int | None:
     except BlockingIOError:
         os.close(lock)
         raise ValueError(
-            f"another process trains in {os.path.relpath(folder)}: wait until it has ended, or start a run of its own "
+            f"another process trains in {os.path.relpath(folder)}: wait until it ends, or start a separate run "
             "from a copy of its last.ckpt"
         ) from None
-    except OSError:  # as some network file systems say
+    except OSError:  # some network file systems have no locks
         os.close(lock)
         return None
     return lock
 
 
 class BufferedEventFile:
-    """TensorBoard's event file on a disk that may be full: records wait in memory until there is room for them.
+    """TensorBoard's event file; buffers records in memory while the disk is full.
 
-    It takes the place of tensorboard's own file object, whose first OSError ends the thread that writes. In the file
-    there are whole records only, as readers stop at half a one.
+    It replaces tensorboard's file object, whose first OSError ends the writer thread. It writes complete records only,
+    because readers stop at a truncated one.
 
     Args:
-        path: the file, which is there already.
-        most: bytes that may wait; records beyond them are lost.
+        path: an existing file, which is appended to.
+        most: maximum number of buffered bytes; once a write has failed, further records are lost.
     """
 
-    SECONDS = 1.0  # between two attempts
+    SECONDS = 1.0  # between two attempts to write
 
     def __init__(self, path: str, most: int = 2**26):
-        self.path, self.most, self.waiting, self.bytes, self.lost = path, most, list[bytes](), 0, 0
+        self.path, self.most, self.pending, self.pending_bytes, self.lost = path, most, list[bytes](), 0, 0
         self.lock, self.failed, self.next_attempt = threading.Lock(), False, 0.0
 
     def write(self, record: bytes) -> None:
         with self.lock:
-            if self.failed and self.bytes + len(record) > self.most:
+            if self.failed and self.pending_bytes + len(record) > self.most:
                 self.lost += 1
             else:
-                self.waiting.append(record)
-                self.bytes += len(record)
+                self.pending.append(record)
+                self.pending_bytes += len(record)
         self.flush()
 
     def flush(self) -> None:
         with self.lock:
-            if self.waiting and time.monotonic() >= self.next_attempt:
-                self.attempt()
+            if self.pending and time.monotonic() >= self.next_attempt:
+                self.try_write()
 
-    def attempt(self) -> None:
+    def try_write(self) -> None:
         size = 0
         try:
             size = os.path.getsize(self.path)
             with open(self.path, "ab", buffering=0) as file:
-                data = b"".join(self.waiting)
+                data = b"".join(self.pending)
                 if file.write(data) < len(data):
                     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
             with suppress(OSError):
                 os.truncate(self.path, size)
             if not self.failed:
-                self.say(f"{error.strerror}. Training goes on, and the curves wait until there is room")
+                self.warn(f"{error.strerror}. Training continues; the curves are written when there is room")
             self.failed, self.next_attempt = True, time.monotonic() + self.SECONDS
             return
-        self.waiting, self.bytes = [], 0
+        self.pending, self.pending_bytes = [], 0
         if self.failed:
-            self.say(
-                "written again, " + (f"but {self.lost:,} records are lost" if self.lost else "and nothing is lost")
-            )
+            lost = f"but {self.lost:,} records are lost" if self.lost else "and no record is lost"
+            self.warn(f"writing works again, {lost}")
         self.failed, self.lost, self.next_attempt = False, 0, 0.0
 
-    def say(self, what: str) -> None:
-        print(f"warning: {os.path.relpath(self.path)}: {what}", file=sys.stderr, flush=True)
+    def warn(self, message: str) -> None:
+        print(f"warning: {os.path.relpath(self.path)}: {message}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         with self.lock:
-            if self.waiting:
-                self.attempt()
-            if self.waiting:
-                self.say(f"{len(self.waiting) + self.lost:,} records of the curves are lost")
+            if self.pending:
+                self.try_write()
+            if self.pending:
+                self.warn(f"{len(self.pending) + self.lost:,} records of the curves are lost")
 
 
 class RunLogger(TensorBoardLogger):
-    """TensorBoard's logger for a run; what it can't write ends no training.
+    """TensorBoardLogger whose failed writes do not stop training."""
 
-    `folder` is the run's, or is set when it has been claimed.
-    """
-
-    folder: Path | None = None
+    folder: Path | None = None  # of the run; log_dir once it is set
     opened = False
 
     @property
@@ -131,9 +128,9 @@ class RunLogger(TensorBoardLogger):
 
     @property
     def experiment(self) -> SummaryWriter:
-        fresh, writer = not self.opened, super().experiment
+        first, writer = not self.opened, super().experiment
         self.opened = True
-        if fresh and isinstance(writer, SummaryWriter):
+        if first and isinstance(writer, SummaryWriter):
             events = writer._get_file_writer().event_writer
             events._async_writer._writer._writer = BufferedEventFile(events._file_name)
         return writer
@@ -141,6 +138,6 @@ class RunLogger(TensorBoardLogger):
     def save(self) -> None:
         try:
             super().save()
-        except OSError:  # hparams.yaml, which config.yaml and the checkpoints hold as well; half a one would stay
+        except OSError:  # remove the truncated hparams.yaml; config.yaml and the checkpoints hold the same values
             with suppress(OSError):
                 Path(self.log_dir, self.NAME_HPARAMS_FILE).unlink(missing_ok=True)

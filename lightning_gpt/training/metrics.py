@@ -1,4 +1,4 @@
-"""Validation metrics that are exact for any split into batches and devices."""
+"""Validation metrics that do not depend on how the tokens are split into batches and over devices."""
 
 import math
 
@@ -8,7 +8,7 @@ from torchmetrics import MeanMetric, Metric
 
 
 class BitsPerCharacter(Metric):
-    """All nats over ln 2, shared out among the characters that the targets stand for: comparable over vocabularies."""
+    """Total loss in bits over the number of characters in the targets; comparable between vocabularies."""
 
     nats: Tensor
     characters: Tensor
@@ -27,7 +27,7 @@ class BitsPerCharacter(Metric):
 
 
 class Perplexity(MeanMetric):
-    """exp(mean loss): as unsure as a choice among so many equally likely tokens."""
+    """exp(mean loss), for a mean loss in nats per token."""
 
     def compute(self) -> Tensor:
         return super().compute().exp()

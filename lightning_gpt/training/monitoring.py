@@ -1,4 +1,4 @@
-"""How a run is doing, beyond its losses, and how TensorBoard lays all of it out."""
+"""Logs update ratios, the generalization gap, throughput and the hardware, and sets TensorBoard's layout."""
 
 import math
 import os
@@ -30,12 +30,12 @@ LAYOUT = {
     "loss": {
         "nats per token": ["Multiline", ["train/loss", "val/loss", "val/best"]],
         "bits per character": ["Multiline", ["train/bpc", "val/bpc"]],
-        "gap: val less train, rises when it learns by heart": ["Multiline", ["val/generalization_gap"]],
+        "generalization gap: val minus train, rises with overfitting": ["Multiline", ["val/generalization_gap"]],
     },
     "optimizer": {
         "learning rates": ["Multiline", ["train/lr", "train/muon_lr"]],
         "gradient norm": ["Multiline", ["train/grad_norm"]],
-        "update / weights, per layer (AdamW: 1e-3 or so)": ["Multiline", ["update_ratio/.*"]],
+        "update / weights, per layer (AdamW: about 1e-3)": ["Multiline", ["update_ratio/.*"]],
     },
     "speed": {
         "tokens per second": ["Multiline", ["perf/tokens_per_second"]],
@@ -43,18 +43,18 @@ LAYOUT = {
     },
     "samples": {
         "longest run copied from the training text, in tokens": ["Multiline", ["samples/longest_copy"]],
-        "share of n-grams that stand in the training text": ["Multiline", ["samples/copied_share"]],
+        "share of n-grams that occur in the training text": ["Multiline", ["samples/copied_share"]],
     },
 }
 
 GPU_CHARTS = {
-    "share of the GPU's peak": ["Multiline", ["perf/mfu"]],
+    "MFU, fraction of the GPU's peak FLOP/s": ["Multiline", ["perf/mfu"]],
     "GPU memory, GiB": ["Multiline", ["perf/gpu_memory"]],
 }
 
 
 def describe_hardware(lm: LanguageModel) -> str:
-    """What this run computes on, in words."""
+    """Number and name of the devices, precision, CPU cores, threads and software versions, in one sentence."""
     trainer, device = lm.trainer, lm.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} ({platform.machine()})"
     return (
@@ -67,11 +67,9 @@ def describe_hardware(lm: LanguageModel) -> str:
 class UpdateRatios(L.Callback):
     """Logs `update_ratio/...` of each layer, and after a validation `val/best` and `val/generalization_gap`.
 
-    The gap is the validation loss minus the train loss.
-
-    An update ratio is |new - old| / |new| over all of a layer's weights in one step. It is taken from a copy made
-    before each logged step, as a step that was recorded calls no hooks; the other steps cost nothing, and training is
-    bit for bit what it is without.
+    The gap is the validation loss minus the last logged train loss. An update ratio is |new - old| / |new| over all
+    weights of a layer in one step. It is computed from a copy made before each logged step, because a captured CUDA
+    graph calls no hooks; other steps cost nothing. Runs with and without this callback are bit-identical.
     """
 
     def __init__(self) -> None:
@@ -86,7 +84,7 @@ class UpdateRatios(L.Callback):
 
     @staticmethod
     def weights(lm: LanguageModel) -> dict[str, Tensor]:
-        """What this device holds of each parameter that is trained."""
+        """The part of each parameter that this device holds."""
         return {name: (p.to_local() if isinstance(p, DTensor) else p).detach() for name, p in lm.net.named_parameters()}
 
     def on_train_batch_start(self, trainer: L.Trainer, lm: L.LightningModule, batch, batch_idx: int) -> None:
@@ -98,10 +96,10 @@ class UpdateRatios(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, lm: L.LightningModule, outputs, batch, batch_idx: int) -> None:
         if not self.before or not cast(LanguageModel, lm).logs_after(batch_idx):
             return
-        now, before, self.before = self.weights(cast(LanguageModel, lm)), self.before, []
+        after, before, self.before = self.weights(cast(LanguageModel, lm)), self.before, []
         norms = [
-            *torch._foreach_norm(torch._foreach_sub(list(now.values()), before)),
-            *torch._foreach_norm(list(now.values())),
+            *torch._foreach_norm(torch._foreach_sub(list(after.values()), before)),
+            *torch._foreach_norm(list(after.values())),
         ]
         squares = torch.stack(norms).float().square()  # (2 x parameters)
         if isinstance(trainer.strategy, FSDP2Strategy):
@@ -109,12 +107,12 @@ class UpdateRatios(L.Callback):
         if not trainer.is_global_zero:
             return
         sums: dict[str, list[float]] = {}
-        for name, moved, size in zip(now, *squares.view(2, -1).tolist(), strict=True):
+        for name, update, size in zip(after, *squares.view(2, -1).tolist(), strict=True):
             layer = sums.setdefault(parameter_role(name), [0.0, 0.0])
-            layer[0] += moved
+            layer[0] += update
             layer[1] += size
-        ratios = {f"update_ratio/{layer}": (moved / (size or 1.0)) ** 0.5 for layer, (moved, size) in sums.items()}
-        for logger in trainer.loggers:  # at once, as self.log takes 0.4 ms for each
+        ratios = {f"update_ratio/{layer}": (update / (size or 1.0)) ** 0.5 for layer, (update, size) in sums.items()}
+        for logger in trainer.loggers:  # directly, because self.log takes 0.4 ms for each value
             logger.log_metrics(ratios, trainer.global_step - 1)  # Lightning counts the steps it logs from 0
 
     def remember_train_loss(self, trainer: L.Trainer) -> None:
@@ -123,19 +121,19 @@ class UpdateRatios(L.Callback):
 
     def on_step_done(self, trainer: L.Trainer) -> None:
         if cast(LanguageModel, trainer.lightning_module).logs(trainer.global_step):
-            self.remember_train_loss(trainer)  # before the checkpoint of this step: a resumed run's gap needs it
+            self.remember_train_loss(trainer)  # before this step's checkpoint: a resumed run's gap needs it
 
     def on_exception(self, trainer: L.Trainer, *_) -> None:
         if trainer.world_size == 1 and hasattr(trainer.lightning_module, "logged_loss"):
-            self.remember_train_loss(trainer)  # as Save saves then
+            self.remember_train_loss(trainer)  # because CheckpointSaver saves then
 
     def on_validation_epoch_end(self, trainer: L.Trainer, lm: L.LightningModule) -> None:
         if trainer.state.fn != "fit" or trainer.sanity_checking:
             return
-        loss = float(cast(LanguageModel, lm).val_metrics["loss"].compute())  # of all ranks
+        loss = float(cast(LanguageModel, lm).val_metrics["loss"].compute())  # over all ranks
         self.best = min(self.best, loss)
         self.remember_train_loss(trainer)
-        several = trainer.world_size > 1  # all have the same figures, but Lightning warns if it is not to average
+        several = trainer.world_size > 1  # all ranks log equal values, but Lightning warns without sync_dist
         lm.log("val/best", self.best, sync_dist=several)
         if not math.isnan(self.train_loss):
             lm.log("val/generalization_gap", loss - self.train_loss, sync_dist=several)
@@ -146,9 +144,9 @@ class UpdateRatios(L.Callback):
         for logger in trainer.loggers:
             if not isinstance(logger, TensorBoardLogger):
                 continue
-            on_gpu = GPU_CHARTS if lm.device.type == "cuda" else {}  # else the charts would be empty
+            on_gpu = GPU_CHARTS if lm.device.type == "cuda" else {}  # empty charts elsewhere
             logger.experiment.add_custom_scalars(LAYOUT | {"speed": LAYOUT["speed"] | on_gpu})
-            # TEXT opens its first two groups, run and samples
+            # the TEXT tab expands its first two groups: run and samples
             logger.experiment.add_text("run/hardware", describe_hardware(cast(LanguageModel, lm)), trainer.global_step)
             settings = {**lm.hparams, **trainer.datamodule.hparams, "max_steps": trainer.max_steps}
             settings |= {"precision": str(trainer.precision), "devices": trainer.world_size}
@@ -157,12 +155,12 @@ class UpdateRatios(L.Callback):
                 for key, value in settings.items()
                 if key != "vocabulary"
             }
-            # the tab takes its figures from the curves of these names, so it is right at any moment
+            # the HPARAMS tab reads the latest values of the curves with these names
             for summary in hparams(plain, dict.fromkeys(HPARAM_METRICS))[:2]:
                 logger.experiment._get_file_writer().add_summary(summary)
 
 
-# FLOP/s of dense bfloat16 products, from NVIDIA's data sheets; a longer name comes before one that is a part of it
+# FLOP/s of dense bfloat16 matrix products, from NVIDIA's data sheets; the first name contained in the GPU's name counts
 PEAK_FLOPS = {
     "B200": 2250e12,
     "GH200": 989e12,
@@ -179,13 +177,13 @@ PEAK_FLOPS = {
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """FLOP/s that a device can do at best, in bfloat16; None if we don't know it."""
+    """Peak bfloat16 FLOP/s of a device; None if it is not in PEAK_FLOPS."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     return next((rate for part, rate in PEAK_FLOPS.items() if part in name), None)
 
 
 def flops_per_token(net: GPT) -> float:
-    """Of forward and backward: PaLM (Chowdhery et al. 2022), appendix B."""
+    """FLOPs of the forward and backward pass per token, as in PaLM (Chowdhery et al. 2022), appendix B."""
     matrices = sum(
         p.numel() for name, p in net.named_parameters() if p.dim() == 2 and parameter_role(name) != "embeddings"
     )
@@ -195,44 +193,44 @@ def flops_per_token(net: GPT) -> float:
 
 
 class Throughput(L.Callback):
-    """Logs how fast training is: `perf/tokens_per_second` and `perf/ms_per_step`, and on a GPU `perf/gpu_memory` (GiB,
-    what PyTorch holds of it) and `perf/mfu`, the share of PEAK that the net's own arithmetic makes use of.
+    """Logs `perf/tokens_per_second` and `perf/ms_per_step`; on a GPU also `perf/gpu_memory`, the GiB that PyTorch
+    reserves at most, and `perf/mfu`, model FLOP/s (`flops_per_token`) over PEAK_FLOPS.
 
-    Over all devices; compiling, validation and samples do not count. `seconds` is the time that training took
-    altogether, counted in the same way.
+    Speed counts all devices, and neither compilation nor validation nor samples. `seconds` is the total training time,
+    measured the same way.
     """
 
-    since: float | None = None
-    FIRST = 5  # batches not counted: in them things are compiled, recorded and tuned
+    start: float | None = None  # of the running measurement
+    WARMUP_BATCHES = 5  # not measured: they compile, capture and autotune
 
     def on_train_start(self, trainer: L.Trainer, lm: L.LightningModule) -> None:
-        self.batches, self.seconds, self.since = 0, 0.0, None
+        self.batches, self.seconds, self.start = 0, 0.0, None
 
     def stop(self) -> float:
-        """Seconds since the clock was started last."""
-        assert self.since is not None
-        seconds, self.since = time.perf_counter() - self.since, None
+        """Stops the measurement and returns its seconds."""
+        assert self.start is not None
+        seconds, self.start = time.perf_counter() - self.start, None
         self.seconds += seconds
         return seconds
 
     def on_train_batch_start(self, trainer: L.Trainer, lm: L.LightningModule, batch, batch_idx: int) -> None:
-        if self.since is None and self.batches >= self.FIRST:
+        if self.start is None and self.batches >= self.WARMUP_BATCHES:
             self.wait(lm)
-            self.tokens, self.since = 0, time.perf_counter()
+            self.tokens, self.start = 0, time.perf_counter()
 
     def on_train_batch_end(self, trainer: L.Trainer, lm: L.LightningModule, outputs, batch, batch_idx: int) -> None:
         self.batches += 1
-        if self.since is not None:
+        if self.start is not None:
             self.tokens += batch[1].numel() * trainer.world_size
             if cast(LanguageModel, lm).logs_after(batch_idx):
                 seconds, tokens = self.stop(), self.tokens
-                self.tokens, self.since = 0, time.perf_counter()
+                self.tokens, self.start = 0, time.perf_counter()
                 self.log_speed(
                     trainer, cast(LanguageModel, lm), tokens / seconds, batch[1].numel() * trainer.world_size
                 )
 
     def log_speed(self, trainer: L.Trainer, lm: LanguageModel, speed: float, batch_tokens: int) -> None:
-        lm.log("perf/tokens_per_second", speed)  # may wait for the GPU: that time counts too
+        lm.log("perf/tokens_per_second", speed)  # may wait for the GPU, which counts too
         lm.log("perf/ms_per_step", 1e3 * batch_tokens * trainer.accumulate_grad_batches / speed)
         if lm.device.type == "cuda":
             lm.log("perf/gpu_memory", torch.cuda.max_memory_reserved(lm.device) / 2**30)
@@ -240,11 +238,11 @@ class Throughput(L.Callback):
             lm.log("perf/mfu", speed * flops_per_token(lm.net) / peak / trainer.world_size)
 
     def on_validation_start(self, trainer: L.Trainer, lm: L.LightningModule) -> None:
-        if self.since is not None:
+        if self.start is not None:
             self.wait(lm)
             self.stop()
 
     @staticmethod
     def wait(lm: L.LightningModule) -> None:
         if lm.device.type != "cpu":
-            torch.accelerator.synchronize()  # steps that were only launched so far
+            torch.accelerator.synchronize()  # steps are launched asynchronously

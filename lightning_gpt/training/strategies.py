@@ -1,4 +1,4 @@
-"""Several devices as one: each takes its share of a batch, and holds the whole net or a part of it."""
+"""Training on several devices: the strategies ddp_flat and fsdp2, and checks of the processes that take part."""
 
 import ctypes
 import os
@@ -24,7 +24,7 @@ from .lightning_compat import set_data_parallel_size, skip_sigterm_broadcast, st
 
 
 def uses_several_devices(trainer) -> bool:
-    """Whether these settings of the Trainer mean more than one device on this machine, or machines."""
+    """Whether these settings of the Trainer mean more than one device or more than one machine."""
     if trainer.num_nodes > 1 or isinstance(trainer.devices, list) and len(trainer.devices) > 1:
         return True
     gpus = torch.cuda.device_count() if trainer.accelerator in ("auto", "gpu", "cuda") else 0
@@ -33,80 +33,80 @@ def uses_several_devices(trainer) -> bool:
 
 
 class PeerLostError(Exception):
-    """Another process of the run has ended or hangs, and none can go on alone."""
+    """Another process of the run has ended or hangs, so this one cannot continue."""
 
 
 def is_peer_lost(error: Exception) -> bool:
-    """Whether an error comes from talking to processes, one of which is gone."""
+    """Whether an error comes from communication with a process that has ended."""
     return isinstance(error, dist.DistBackendError) or isinstance(error, RuntimeError) and "gloo" in str(error)
 
 
-LAUNCHER_PID = "LIGHTNING_GPT_STARTER"  # the process that Lightning starts the others from, for them to know
+LAUNCHER_PID = "LIGHTNING_GPT_LAUNCHER_PID"  # environment variable: the process from which Lightning starts the others
 
 
 def launcher_pid() -> int | None:
-    """The process that started this one to be one of several; None if nobody did."""
-    parent = STARTED[1] if STARTED[0] == os.getpid() else os.getppid()  # a fork has another one
+    """The process that launched this one as a rank of a run; None if none did."""
+    parent = STARTED[1] if STARTED[0] == os.getpid() else os.getppid()  # in a fork, STARTED is that of its parent
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        return parent  # torchrun's agent is none of the ranks, and tells nothing
+        return parent  # torchrun's agent, which is not a rank and does not set LAUNCHER_PID
     if os.environ.get("LOCAL_RANK", "0") == "0":
         return None
     return int(os.environ.get(LAUNCHER_PID, parent))
 
 
 def export_launcher_pid() -> None:
-    """Tell the processes that Lightning will start from this one whose they are."""
+    """Sets LAUNCHER_PID for the processes that Lightning starts from this one."""
     if launcher_pid() is None:
         os.environ[LAUNCHER_PID] = str(os.getpid())
 
 
 def die_with_parent() -> None:
-    """A process that Lightning or torchrun started ends when its starter is killed, and does not keep its GPU."""
-    starter = launcher_pid()
-    if sys.platform == "linux" and starter is not None:
+    """Ends a process that Lightning or torchrun launched when its launcher is killed, so that it frees its GPU."""
+    launcher = launcher_pid()
+    if sys.platform == "linux" and launcher is not None:
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
-        if os.getppid() != starter:  # it was killed before, while this process imported
+        if os.getppid() != launcher:  # it was killed earlier, during the imports of this process
             os.kill(os.getpid(), signal.SIGKILL)
 
 
 def check_world_size(trainer: L.Trainer) -> None:
-    """Raises ValueError if torchrun started more or fewer processes than the Trainer takes; each might train alone."""
+    """Raises ValueError if torchrun started another number of processes than the Trainer expects."""
     started, devices, nodes = int(os.environ.get("WORLD_SIZE", 1)), trainer.num_devices, trainer.num_nodes
     if "TORCHELASTIC_RUN_ID" in os.environ and started != devices * nodes:
         raise ValueError(
-            f"torchrun started {started} process{'es' * (started > 1)}, but {devices} x {nodes} make up the run, which "
-            "are trainer.devices and trainer.num_nodes: give torchrun the same --nproc_per_node and --nnodes"
+            f"torchrun started {started} process{'es' * (started > 1)}, but trainer.devices x "
+            f"trainer.num_nodes is {devices} x {nodes}: give torchrun the same --nproc_per_node and --nnodes"
         )
 
 
 def check_launcher(trainer: L.Trainer) -> None:
-    """Raises ValueError for a strategy whose processes are copies of this one and can't hand back what they did."""
+    """Raises ValueError for a strategy that forks or spawns its processes: their weights would not reach this one."""
     if method := start_method(trainer.strategy):
         raise ValueError(
-            f"trainer.strategy starts its processes by {method} from inside this one, "
-            "which leaves this one without the trained weights: take ddp_flat or ddp"
+            f"trainer.strategy starts its processes by {method}, "
+            "which leaves this process without the trained weights: use ddp_flat or ddp"
         )
 
 
 def check_versions() -> None:
-    """Raises ValueError in all processes if they do not run the same software."""
-    python, us = platform.python_version(), __version__
-    mine = f"Python {python}, torch {torch.__version__}, lightning {L.__version__}, lightning-gpt {us}"
-    all_of_them: list[str] = [""] * dist.get_world_size()
-    dist.all_gather_object(all_of_them, mine)
-    for rank, theirs in enumerate(all_of_them):
-        if theirs != all_of_them[0]:
+    """Raises ValueError in all processes if their versions of Python, torch, lightning or lightning-gpt differ."""
+    python, ours = platform.python_version(), __version__
+    local = f"Python {python}, torch {torch.__version__}, lightning {L.__version__}, lightning-gpt {ours}"
+    versions: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(versions, local)
+    for rank, version in enumerate(versions):
+        if version != versions[0]:
             raise ValueError(
-                f"the processes of this run have different software: rank 0 {all_of_them[0]}; rank {rank} {theirs}. "
-                "Install the same on every machine"
+                f"the processes of this run have different software: rank 0 {versions[0]}; rank {rank} {version}. "
+                "Install the same versions on every machine"
             )
 
 
 class DDPFlatStrategy(DDPStrategy):
-    """Data parallel in one message a step: gradients are averaged at once, when all are there.
+    """Data parallel training that averages all gradients in one all-reduce per step, after the backward pass.
 
-    DDP hides its many messages behind the backward pass, at the price of a wrapper that no CUDA graph records and that
-    works in every micro-batch. Nets of this size are sent faster than they are hidden.
+    DDP overlaps its messages with the backward pass, but needs a wrapper that cannot be captured in a CUDA graph and
+    that runs in every micro-batch. For nets of this size one message is faster, see the README of training.
     """
 
     def setup_environment(self) -> None:
@@ -115,54 +115,51 @@ class DDPFlatStrategy(DDPStrategy):
         check_versions()
 
     def setup(self, trainer: L.Trainer) -> None:
-        # Lightning asks all ranks in each step if one got a SIGTERM, and the GPU waits. StopOnSignal asks now and then
+        # Lightning asks all ranks in each step for a SIGTERM, and the GPU waits; StopOnSignal asks every EVERY steps
         skip_sigterm_broadcast(trainer)
         super().setup(trainer)
 
     def configure_ddp(self) -> None:
-        """No wrapper; but all start from the weights of rank 0, whatever dice the others threw."""
+        """Broadcasts the weights of rank 0, so that all ranks start equal; no wrapper."""
         assert self.model is not None
         for tensor in self.model.state_dict().values():
             dist.broadcast(tensor, src=0)
 
     def all_reduce_mean(self, tensors: list[Tensor]) -> None:
-        """Each tensor becomes its mean over all ranks, in place."""
+        """Replaces each tensor by its mean over all ranks, in place."""
         flat = torch.cat([tensor.flatten() for tensor in tensors])
         dist.all_reduce(flat)
         means = (flat / self.world_size).split([tensor.numel() for tensor in tensors])
         torch._foreach_copy_(tensors, [mean.view_as(tensor) for mean, tensor in zip(means, tensors, strict=True)])
 
     def teardown(self) -> None:
-        if self.lightning_module is not None:  # NCCL waits at the end for each graph that holds a message of its own
+        if self.lightning_module is not None:  # NCCL waits at the end for graphs that contain its messages
             cast(Any, self.lightning_module).captured = None
         super().teardown()
 
 
 def apply_fsdp(net: GPT, mesh: DeviceMesh) -> None:
-    """Every device keeps a part of each weight and fetches a block's others when it is that block's turn.
-
-    FSDP2, torch.distributed.fsdp.fully_shard; for nets that outgrow one device.
-    """
+    """Shards each weight over the devices with FSDP2 (`fully_shard`), which gathers a block's weights when it runs."""
     for block in net.h:
         fully_shard(block, mesh=mesh)
     fully_shard(net, mesh=mesh)
-    # we call the net there too, and it has to fetch its weights first; the head's then stay for `logits`
+    # gathers the weights for calls of `features` too; those of the head then stay gathered for `logits`
     register_fsdp_forward_method(net, "features")
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
-    """A tensor on this device, which may be sharded."""
+    """The full tensor on this device, gathered if it is sharded."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 class FSDP2Strategy(ModelParallelStrategy):
-    """Every device keeps a part of each weight; checkpoints are whole ones, that any number of devices takes up.
+    """FSDP2: shards weights, gradients and optimizer state; checkpoints are full and load on any number of devices.
 
-    With accumulate_grad_batches, gradients are shared out after each batch, as whole ones might not fit.
+    With accumulate_grad_batches, gradients are reduced and sharded after each batch, as full ones might not fit.
     """
 
-    def __init__(self, **how) -> None:
-        super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=False, **how)
+    def __init__(self, **kwargs) -> None:
+        super().__init__(tensor_parallel_size=1, save_distributed_checkpoint=False, **kwargs)
 
     def setup_environment(self) -> None:
         die_with_parent()
@@ -171,14 +168,14 @@ class FSDP2Strategy(ModelParallelStrategy):
         check_versions()
 
     def load_checkpoint(self, checkpoint_path, weights_only: bool | None = None) -> dict[str, Any]:
-        saved, module = read_checkpoint(checkpoint_path), self.lightning_module
+        checkpoint, module = read_checkpoint(checkpoint_path), self.lightning_module
         assert module is not None
         options = StateDictOptions(full_state_dict=True)
-        saved["state_dict"] = cast(Any, module).with_ema(saved["state_dict"])
-        set_model_state_dict(module, saved["state_dict"], options=options)
+        checkpoint["state_dict"] = cast(Any, module).with_ema(checkpoint["state_dict"])
+        set_model_state_dict(module, checkpoint["state_dict"], options=options)
         name_of = {p: name for name, p in module.named_parameters()}
-        for optimizer, state in zip(self.optimizers, saved["optimizer_states"], strict=False):
-            # parameters have numbers in the file, in the order of the groups, and names here
+        for optimizer, state in zip(self.optimizers, checkpoint["optimizer_states"], strict=False):
+            # the file numbers the parameters in the order of the groups; set_optimizer_state_dict needs names
             names = iter([name_of[p] for group in optimizer.param_groups for p in group["params"]])
             named = {k: next(names) for group in state["param_groups"] for k in group["params"]}
             groups = [group | {"params": [named[k] for k in group["params"]]} for group in state["param_groups"]]
@@ -187,8 +184,8 @@ class FSDP2Strategy(ModelParallelStrategy):
                 "param_groups": groups,
             }
             set_optimizer_state_dict(module, optimizer, by_name, options=options)
-        return saved
+        return checkpoint
 
 
-StrategyRegistry.register("fsdp2", FSDP2Strategy, description="FSDP2: weights, gradients and optimizer in parts")
-StrategyRegistry.register("ddp_flat", DDPFlatStrategy, description="data parallel, gradients averaged in one message")
+StrategyRegistry.register("fsdp2", FSDP2Strategy, description="FSDP2: shards weights, gradients and optimizer state")
+StrategyRegistry.register("ddp_flat", DDPFlatStrategy, description="data parallel, one all-reduce per step")
