@@ -58,7 +58,7 @@ def resume(run, *flags):
 
 
 def test_the_temporary_file_of_a_killed_run_is_removed(resumable):
-    (resumable / "checkpoints" / ".draft.last.ckpt.123").write_bytes(b"half")
+    (resumable / "checkpoints" / ".tmp.last.ckpt.123").write_bytes(b"half")
     resume(resumable, "--trainer.max_steps=6")
     assert {file.name for file in (resumable / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
 
@@ -443,7 +443,7 @@ def test_a_checkpoint_is_synced_before_it_is_renamed(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", recording_fsync)
     monkeypatch.setattr(os, "replace", lambda a, b: (events.append("replace"), replace(a, b)))
     write_checkpoint(PARTS, path)
-    assert events == [f".draft.x.ckpt.{os.getpid()}", "replace", "folder"]
+    assert events == [f".tmp.x.ckpt.{os.getpid()}", "replace", "folder"]
     assert sizes[0] == path.stat().st_size
 
 

@@ -1,4 +1,4 @@
-"""The GPT against its formulas, against Hugging Face's GPT-2 and against what can be learnt."""
+"""The GPT against its formulas, against Hugging Face's GPT-2 and against what can be learned."""
 
 import math
 

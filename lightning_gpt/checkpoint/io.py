@@ -34,7 +34,7 @@ TEXT_SETTINGS = (
     "vocabulary",
     "on_unknown",
 )  # val/loss depends on these
-TMP_PREFIX = ".draft."  # of the names of temporary files
+TMP_PREFIX = ".tmp."  # of the names of temporary files
 
 
 def find_checkpoint(name: str | Path) -> Path:
