@@ -65,6 +65,8 @@ def shorten(args):
         small = ["--trainer.max_steps=7", "--trainer.accelerator=cpu"] if fixed else SIZES
         small += ["--trainer.devices=1", "--trainer.num_nodes=1", "--trainer.limit_val_batches=2"]
         return [*args, *small, "--trainer.precision=32-true", "--model.compile=false", "--data.name_augmentation=0"]
+    if args[0] == "sft":
+        return [*args, "--trainer.max_steps=3", "--trainer.accelerator=cpu", "--trainer.limit_val_batches=2"]
     return [*args, "--max_new_tokens=20"] if args[0] == "generate" else args
 
 

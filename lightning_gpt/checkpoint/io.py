@@ -33,6 +33,7 @@ TEXT_SETTINGS = (
     "tokenizer",
     "vocabulary",
     "on_unknown",
+    "template",
 )  # val/loss depends on these
 TMP_PREFIX = ".tmp."  # of the names of temporary files
 

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from ..checkpoint.io import RUNS_DIR
 from ..checkpoint.validation import MAX_INT, is_number, short_repr
-from ..data.datamodule import TextDataModule
 from ..data.tokenizers import REPLACEMENT
 from ..model.gpt import GPTConfig
 from ..training.module import LanguageModel
@@ -126,7 +125,7 @@ def names_classes(key: str, value: Any) -> bool:
     return key in WITH_CLASSES and value is not None and not is_restorable
 
 
-def run_settings(checkpoint: dict, command: str) -> dict:
+def run_settings(checkpoint: dict, command: str, data_class: type) -> dict:
     """Returns the settings of a checkpoint's run as a config: plain values only, which import no class.
 
     Raises:
@@ -150,7 +149,7 @@ def run_settings(checkpoint: dict, command: str) -> dict:
     data = checkpoint["datamodule_hyper_parameters"]
     known = {
         "model": NET_SETTINGS | {*signature(LanguageModel).parameters},
-        "data": {*signature(TextDataModule).parameters},
+        "data": {*signature(data_class).parameters},
     }
     for section, names in (model, known["model"]), (data, known["data"]):
         if unknown := [name for name in section if name not in names]:
@@ -167,7 +166,7 @@ def run_settings(checkpoint: dict, command: str) -> dict:
         settings |= {"sample": sample} if sample else {}
     else:  # the precision of the training gives the same val/loss; augmentation is for training
         trainer = {key: trainer[key] for key in ("precision",) if key in trainer}
-        data = data | {"name_augmentation": 0}
+        data = {key: 0 if key == "name_augmentation" else value for key, value in data.items()}
     if data.get("on_unknown") == "extend":
         data = data | {"on_unknown": "error"}  # the vocabulary has been extended
     return settings | {"trainer": trainer, "model": model, "data": data, "seed_everything": model["seed"]}
@@ -243,7 +242,7 @@ def fill_from_checkpoint(config, settings: dict) -> None:
 def check_paths(data, settings: dict) -> None:
     """Raises ValueError if a path that comes from the checkpoint is neither a file nor a folder."""
     for key in "corpus", "token_files":
-        names = data[key] if data[key] == settings["data"].get(key) else None
+        names = data.get(key) if data.get(key) == settings["data"].get(key) else None
         for path in [Path(name.strip()) for name in (names or "").split(",")]:
             if path.exists() and not path.is_file() and not path.is_dir():
                 raise ValueError(f"data.{key} of the checkpoint is {path}, a device or a pipe: give --data.{key}")

@@ -19,11 +19,13 @@ COMMANDS = {
     "quantize": "checkpoint.quantize",
     "import": "checkpoint.convert:import_weights",
     "export": "checkpoint.convert",
+    "demonstrations": "alignment.verse",
 }
-TRAINING = "fit", "validate", "test"
+TRAINING = "fit", "sft", "validate", "test"
 HELP = """lightning-gpt COMMAND [options]; each COMMAND has its own --help.
 
   fit        train a model, or resume training
+  sft        fine-tune a model on prompts and completions (JSON lines)
   validate   compute the loss of a checkpoint on its full validation split
   test       compute the same metrics as validate, logged under test/
   generate   generate text from a checkpoint
@@ -31,7 +33,9 @@ HELP = """lightning-gpt COMMAND [options]; each COMMAND has its own --help.
   report     write a page about a run, or about several side by side
   quantize   write a checkpoint's net with int8 weights
   import     make a checkpoint from weights of GPT-2, nanoGPT or safetensors
-  export     write a checkpoint's net as safetensors, for transformers, or as ONNX"""
+  export     write a checkpoint's net as safetensors, for transformers, or as ONNX
+  demonstrations
+             write example prompts and completions for sft: verse or prose"""
 
 
 def dispatch(args: list[str]) -> None:

@@ -21,11 +21,12 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from torch import distributed as dist
 
-from ..checkpoint.io import RUNS_DIR, find_checkpoint, read_checkpoint
+from ..alignment.datamodule import PromptDataModule
+from ..checkpoint.io import RUNS_DIR, checkpoint_summary, find_checkpoint, read_checkpoint
 from ..data.datamodule import TextDataModule
 from ..data.tokenizers import CharTokenizer
 from ..errors import lossy_output, message_with_notes, print_error, print_info, program_name
-from ..inference.text import load, stream
+from ..inference.text import find_or_packaged, load, stream
 from ..model.lecture import LECTURE_STEPS, check_lecture_settings
 from ..training.callbacks import SampleText, TrainingProgress, ValidateAtEnd, check_monitors
 from ..training.checkpointing import AsyncCheckpointIO, CheckpointSaver, ConfigSaver, StopOnSignal, TrainingInterrupted
@@ -78,12 +79,16 @@ class TrainingParser(Parser, LightningArgumentParser):
 class CLI(LightningCLI):
     """LightningCLI whose runs have a name and take their defaults from the checkpoint that they start from."""
 
+    data_class: type[L.LightningDataModule] = TextDataModule
     run_folder: Path | None = None  # of the run that resumes in place
     start_step = 0
     saver: CheckpointSaver | None = None
     lock: int | None = None  # file descriptor that locks the run's folder
     requested_checkpoint: str | None = None  # as given: a path, best or last
     resume_state: dict[str, Any] | None = None  # loops, callbacks and, as meta tensors, the optimizer's state
+
+    def __init__(self, **kwargs):
+        super().__init__(LanguageModel, self.data_class, **kwargs)
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -125,7 +130,7 @@ class CLI(LightningCLI):
         if command == "fit" and "optimizer_states" not in checkpoint:
             raise ValueError(f"{path} has weights but no training state: start from it with --model.init_from")
         try:
-            settings = run_settings(checkpoint, command)
+            settings = run_settings(checkpoint, command, self.data_class)
         except ValueError as error:
             raise ValueError(f"the settings in the checkpoint {path} are invalid: {error}") from None
         with_classes: dict[str, Any] = {}
@@ -170,7 +175,7 @@ class CLI(LightningCLI):
             )
 
     def start_from_weights(self, parser, args: list[str]) -> None:
-        path = find_checkpoint(self.config.fit.model.init_from)
+        path = find_or_packaged(self.config.fit.model.init_from)
         settings = net_settings(read_checkpoint(path))
         self.config = parser.parse_args(
             ["fit", f"--config={to_quoted_yaml(settings)}", *args[1:], f"--model.init_from={path}"]
@@ -359,6 +364,24 @@ class CLI(LightningCLI):
                 self.lock = None
 
 
+class SFT(CLI):
+    """The command line of `sft`: `fit` on prompts and completions."""
+
+    data_class = PromptDataModule
+
+
+def cli_for(args: list[str]) -> type[CLI]:
+    """SFT for the command sft, and to validate a checkpoint that it has written; else CLI."""
+    if args[:1] == ["sft"]:
+        return SFT
+    if args[:1] in (["validate"], ["test"]):
+        with suppress(OSError):
+            summary = checkpoint_summary(find_checkpoint(last_flag_value(args, "--ckpt_path") or "best"))
+            if summary is not None and summary[2]["template"] is not None:
+                return SFT
+    return CLI
+
+
 def check_remaining(given, state: dict) -> None:
     """Raises ValueError if trainer.max_time or max_epochs leaves nothing to do after `state` ({}: a new run)."""
     timer = Timer(given.max_time)
@@ -416,15 +439,17 @@ def configure_logging() -> None:
         warnings.filterwarnings("ignore", message)
 
 
-def train(args: list[str], cli: type[CLI] = CLI) -> None:
-    """Runs the command line `args`: fit, validate or test."""
+def train(args: list[str], cli: type[CLI] | None = None) -> None:
+    """Runs the command line `args`: fit, sft, validate or test."""
+    cli = cli or cli_for(args)
+    if args[:1] == ["sft"]:
+        given = {"--config", "-c", "--ckpt_path"} & {arg.split("=")[0] for arg in args}
+        args = ["fit", *([] if given else ["--config=sft"]), *args[1:]]
     configure_logging()
     if torch.cuda.is_available():
         torch.set_float32_matmul_precision("high")  # TF32: far faster, and precise enough
     try:
         cli(
-            LanguageModel,
-            TextDataModule,
             parser_class=TrainingParser,
             save_config_callback=ConfigSaver,
             seed_everything_default=1337,

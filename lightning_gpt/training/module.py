@@ -29,7 +29,10 @@ from .strategies import DDPFlatStrategy, FSDP2Strategy, apply_fsdp, full_tensor
 
 
 def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
-    """Mean cross-entropy of the targets y (B, T), in nats per token; computed in float32 or float64."""
+    """Mean cross-entropy of the targets y (B, T), in nats per token; computed in float32 or float64.
+
+    Targets of -100, the default ignore_index of F.cross_entropy, do not count.
+    """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # autocast would do the same
     return F.cross_entropy(logits.flatten(0, 1), y.flatten())
 
@@ -156,7 +159,21 @@ class LanguageModel(L.LightningModule):
         self.bad_losses += ~loss.detach().isfinite()  # on the device: reading it in every step would stall the GPU
         return loss
 
-    def train_loss(self, x: Tensor, y: Tensor) -> Tensor:
+    def train_loss(self, x: Tensor, y: Tensor, count: Tensor | None = None) -> Tensor:
+        """The loss of a batch x, y (B, T).
+
+        Args:
+            count: number of targets in the global batch, int64. Ranks may have different numbers of them; with it the
+                mean of the ranks' losses is the mean over all targets.
+        """
+        loss = self.mean_loss(x, y)
+        if count is None:
+            return loss
+        trainer = trainer_or_none(self)
+        ranks = 1 if trainer is None else trainer.world_size
+        return loss * ((y >= 0).sum().to(loss.dtype) * ranks / count)
+
+    def mean_loss(self, x: Tensor, y: Tensor) -> Tensor:
         if not self.compiles:
             return next_token_loss(self.net, x, y)
         try:
@@ -284,7 +301,7 @@ class LanguageModel(L.LightningModule):
             loss = self.logged_loss = loss if batches == accumulate else loss * (accumulate / batches)
             self.log("train/loss", loss, sync_dist=self.trainer.world_size > 1)
             if self.chars_per_token is not None:
-                per_token = self.chars_per_token[batch[1]].float().mean()
+                per_token = self.chars_per_token[batch[1][batch[1] >= 0]].float().mean()
                 self.log("train/bpc", loss / per_token / math.log(2), sync_dist=self.trainer.world_size > 1)
             rates = {bool(group.get("muon")): group["lr"] for group in self.trainer.optimizers[0].param_groups}
             for of_muon, rate in rates.items():
@@ -315,10 +332,11 @@ class LanguageModel(L.LightningModule):
         self.measure(self.test_metrics, *batch)
         self.log_dict(self.test_metrics)
 
-    def measure(self, metrics: MetricCollection, x: Tensor, y: Tensor) -> None:
+    def measure(self, metrics: MetricCollection, x: Tensor, y: Tensor, *_) -> None:
         if y.numel():
-            counts = {} if self.chars_per_token is None else {"characters": self.chars_per_token[y].sum()}
-            metrics.update(next_token_loss(self.eval_net, x, y), weight=y.numel(), **counts)
+            targets = y[y >= 0]
+            counts = {} if self.chars_per_token is None else {"characters": self.chars_per_token[targets].sum()}
+            metrics.update(next_token_loss(self.eval_net, x, y), weight=targets.numel(), **counts)
         elif isinstance(self.trainer.strategy, FSDP2Strategy):
             dummy = x.new_zeros(1, x.size(1))  # other ranks have a window and gather this rank's weights for it
             next_token_loss(self.eval_net, dummy, dummy)
@@ -418,7 +436,8 @@ class LanguageModel(L.LightningModule):
         one_message = t.world_size == 1 or isinstance(t.strategy, DDPFlatStrategy)
         one_batch = t.accumulate_grad_batches == 1 and t.precision != "16-mixed"
         our_optimizer = type(self).configure_optimizers is LanguageModel.configure_optimizers
-        return self.device.type == "cuda" and one_message and one_batch and our_optimizer
+        one_shape = getattr(t.datamodule, "fixed_shape", True)
+        return self.device.type == "cuda" and one_message and one_batch and one_shape and our_optimizer
 
     def on_train_start(self) -> None:
         if self.trainer.fit_loop.epoch_loop.restarting:
