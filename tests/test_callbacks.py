@@ -21,6 +21,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from matplotlib.text import Text
 from test_cli import scalars
 from test_training import RECIPE, fit
+from torch.utils.tensorboard import SummaryWriter
 
 from lightning_gpt.analysis.figures import draw_curves, figures
 from lightning_gpt.analysis.inspector import ModelInspector
@@ -429,3 +430,10 @@ def test_prompts_of_equal_length_may_have_different_numbers_of_tokens(tmp_path, 
         if "samples/" in tag
     ]
     assert len(texts) == 2 and all(any(prompt in text for text in texts) for prompt in prompts)
+
+
+def test_a_report_shows_a_sample_that_a_resumed_run_logged_again_once(tmp_path):
+    for text, purge_step in ("lost", None), ("kept", 6):
+        with SummaryWriter(tmp_path, purge_step=purge_step, filename_suffix=f".{text}") as writer:
+            writer.add_text("samples/the", text, 6)
+    assert read_run(tmp_path).texts["samples/the"] == [(7, "kept")]

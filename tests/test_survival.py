@@ -76,7 +76,8 @@ def final_state(folder):
     curves = {tag: [(event.step, event.value) for event in board.Scalars(tag)] for tag in tags}
     for tag in board.Tags()["tensors"]:
         if tag.startswith("samples/"):
-            curves[tag] = [(event.step, event.tensor_proto.string_val[0]) for event in board.Tensors(tag)]
+            # by step: unlike TensorBoard, EventAccumulator keeps a text that a resumed run has logged again
+            curves[tag] = sorted({event.step: event.tensor_proto.string_val[0] for event in board.Tensors(tag)}.items())
     parts = ("state_dict", "optimizer_states", "loops", "global_step", "val_loss")
     return {
         "last": {part: last[part] for part in parts},

@@ -117,10 +117,9 @@ def read_run(folder: Path) -> Run:
     run.seconds = max(times) - min(times) if times else math.nan
     for tag in tags["tensors"]:
         if tag.endswith("/text_summary"):
-            run.texts[tag.removesuffix("/text_summary")] = [
-                (event.step + 1, event.tensor_proto.string_val[0].decode(errors="replace"))
-                for event in board.Tensors(tag)
-            ]
+            # by step: unlike TensorBoard, EventAccumulator keeps a text that a resumed run has logged again
+            texts = {e.step + 1: e.tensor_proto.string_val[0].decode(errors="replace") for e in board.Tensors(tag)}
+            run.texts[tag.removesuffix("/text_summary")] = sorted(texts.items())
     if not run.curves:
         run.notes.append("No curves: there are no event files, or they are empty.")
     for name in "best", "last":
