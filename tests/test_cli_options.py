@@ -124,6 +124,17 @@ def test_prompt_stop_and_corpus_are_taken_literally(ckpt, capsys, fails, tmp_pat
     assert "#1.txt" in fails("fit", "--data.corpus", "#1.txt", f"--trainer.default_root_dir={tmp_path}")
 
 
+@pytest.mark.parametrize(
+    "args, value",
+    [(["--json"], True), (["--no-json"], False), (["--json", "true"], True), (["--json=false"], False)],
+)
+def test_boolean_options_are_flags(parse, args, value):
+    options = parse("generate", *args, "--max_new_tokens", "7")
+    assert options.json is value and options.max_new_tokens == 7
+    train_args = [arg.replace("json", "model.compile") for arg in args]
+    assert parse("fit", *train_args, "--model.n_layer", "3").model.compile is value
+
+
 @pytest.mark.parametrize("command, abbreviation", [("fit", "ckpt"), ("validate", "ckpt"), ("fit", "model.n_lay")])
 def test_options_cannot_be_abbreviated(fails, command, abbreviation):
     assert f"unrecognized arguments: --{abbreviation}" in fails(command, f"--{abbreviation}", "3")
