@@ -183,3 +183,7 @@ def test_verse_and_prose_are_told_apart():
     assert kind_of(verse.split("\n")) == "verse" and kind_of(prose.split("\n")) == "prose" and kind_of([]) is None
     assert is_followed("verse", f"{verse}\nand cut") and not is_followed("verse", f"{prose}\n")
     assert prompt_for("verse", "ROMEO") == "verse\n\nROMEO:\n"
+
+
+def test_sft_without_a_file_says_what_it_needs(ckpt, fails):
+    assert "sft needs a file of JSON lines, and there is none" in fails("sft", f"--model.init_from={ckpt}")

@@ -52,7 +52,8 @@ class PromptDataModule(L.LightningDataModule):
     ):
         super().__init__()
         if corpus is None or not Path(corpus).is_file():
-            raise ValueError(f"data.corpus={corpus} is not a file: give JSON lines with prompt and completion")
+            found = "there is none" if corpus is None else f"{corpus} is not a file"
+            raise ValueError(f"sft needs a file of JSON lines, and {found}: give --data.corpus FILE.jsonl")
         if not 0 < split < 1:
             raise ValueError(f"data.split={split} must be the fraction to train on, more than 0 and less than 1")
         if batch_size < 1:

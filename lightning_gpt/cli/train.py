@@ -80,6 +80,9 @@ class CLI(LightningCLI):
     """LightningCLI whose runs have a name and take their defaults from the checkpoint that they start from."""
 
     data_class: type[L.LightningDataModule] = TextDataModule
+    fit_description = (
+        "Train a model. The default --config is laptop, or that of --model.lecture_step. --ckpt_path resumes a run."
+    )
     run_folder: Path | None = None  # of the run that resumes in place
     start_step = 0
     saver: CheckpointSaver | None = None
@@ -87,8 +90,9 @@ class CLI(LightningCLI):
     requested_checkpoint: str | None = None  # as given: a path, best or last
     resume_state: dict[str, Any] | None = None  # loops, callbacks and, as meta tensors, the optimizer's state
 
-    def __init__(self, **kwargs):
-        super().__init__(LanguageModel, self.data_class, **kwargs)
+    def __init__(self, parser_kwargs: dict[str, Any], **kwargs):
+        parser_kwargs = parser_kwargs | {"fit": {"description": self.fit_description}}
+        super().__init__(LanguageModel, self.data_class, parser_kwargs=parser_kwargs, **kwargs)
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -368,6 +372,7 @@ class SFT(CLI):
     """The command line of `sft`: `fit` on prompts and completions."""
 
     data_class = PromptDataModule
+    fit_description = "sft takes the options of fit: fine-tune a model on the prompts and completions of --data.corpus."
 
 
 def cli_for(args: list[str]) -> type[CLI]:
@@ -456,10 +461,6 @@ def train(args: list[str], cli: type[CLI] | None = None) -> None:
             parser_kwargs={
                 "prog": "lightning-gpt",
                 "description": "Train and validate a GPT on Tiny Shakespeare or your own text.",
-                "fit": {
-                    "description": "Train a model. The default --config is laptop, or that of --model.lecture_step. "
-                    "--ckpt_path resumes a run."
-                },
                 "validate": {"description": "Compute the loss of a checkpoint over its full validation split."},
                 "test": {"description": "Log the same metrics as validate, under test/."},
             },
