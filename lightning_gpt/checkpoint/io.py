@@ -7,7 +7,7 @@ import math
 import os
 import shutil
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,11 @@ from torch import Tensor
 from ..data.tokenizers import Tokenizer, build_from_state
 from ..model.gpt import GPT
 from ..model.lecture import LectureModel, build_net
-from .validation import check_archive, check_contents, check_plain, short_repr
+from ..model.reward import RewardModel
+from .validation import STAGES, check_archive, check_contents, check_plain, short_repr, stage_of
 
 RUNS_DIR = Path("checkpoints")  # the folder of all runs
+LANGUAGE_MODELS = tuple(stage for stage in STAGES if stage != "reward")
 FORMAT = 2  # floating-point weights
 PLAIN_FORMAT = 0  # of files that a Trainer without AsyncCheckpointIO writes: they have neither format nor checksum
 QUANTIZED_FORMAT = 3  # int8 weights
@@ -38,9 +40,11 @@ TEXT_SETTINGS = (
 TMP_PREFIX = ".tmp."  # of the names of temporary files
 
 
-def find_checkpoint(name: str | Path) -> Path:
+def find_checkpoint(name: str | Path, stages: Sequence[str] = LANGUAGE_MODELS) -> Path:
     """Path of a checkpoint; `best` and `last` stand for the newest file of that name below checkpoints/.
 
+    Args:
+        stages: the commands whose files `best` and `last` stand for.
     Raises:
         FileNotFoundError: there is no such file.
     """
@@ -49,12 +53,14 @@ def find_checkpoint(name: str | Path) -> Path:
             reason = "is a folder, not a file" if Path(name).is_dir() else "does not exist"
             raise FileNotFoundError(f"the checkpoint {name} {reason}")
         return Path(name)
-    files = newest_first(RUNS_DIR.glob(f"**/{name}.ckpt"))
-    if not files:
-        raise FileNotFoundError(
-            f"there is no {name}.ckpt below {RUNS_DIR}/: train one with `lightning-gpt fit`, or give --ckpt_path FILE"
-        )
-    return files[0]
+    for file in newest_first(RUNS_DIR.glob(f"**/{name}.ckpt")):
+        summary = checkpoint_summary(file)
+        if summary is None or summary[2]["stage"] in stages:  # None: reading the file will tell what is wrong
+            return file
+    raise FileNotFoundError(
+        f"there is no {name}.ckpt of {' or '.join(stages)} below {RUNS_DIR}/: train one with `lightning-gpt "
+        f"{stages[0]}`, or give the path of a file"
+    )
 
 
 def newest_first(files: Iterable[Path]) -> list[Path]:
@@ -136,7 +142,9 @@ def read_checkpoint(path: str | Path) -> dict:
 
 
 def checkpoint_summary(path: Path) -> tuple[int, float, dict] | None:
-    """A checkpoint's step, its val/loss (NaN if it has none) and the settings of its text; None if it can't be read.
+    """A checkpoint's step, its val/loss (NaN if it has none), and its stage with the settings of its text.
+
+    None if it can't be read.
 
     The weights and the checksum are not read, so this takes milliseconds.
     """
@@ -146,6 +154,7 @@ def checkpoint_summary(path: Path) -> tuple[int, float, dict] | None:
                 return None
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         data = {name: checkpoint["datamodule_hyper_parameters"].get(name) for name in TEXT_SETTINGS}
+        data["stage"] = stage_of(checkpoint)
         return int(checkpoint["global_step"]), float(checkpoint.get("val_loss", math.nan)), data
     except Exception:  # a damaged or hostile file can raise anything
         return None
@@ -224,12 +233,22 @@ def dequantize(checkpoint: dict) -> None:
             raise ValueError(f"the scale of {str(name)[:40]!r} does not have one value for each row")
 
 
-def load_net(path: str | Path, device: str | torch.device = "cpu") -> tuple[GPT | LectureModel, Tokenizer]:
-    """The net of a checkpoint, in evaluation mode and float32 on `device`, and its tokenizer."""
+def load_net(
+    path: str | Path, device: str | torch.device = "cpu", reward: bool = False
+) -> tuple[GPT | LectureModel, Tokenizer]:
+    """The net of a checkpoint, in evaluation mode and float32 on `device`, and its tokenizer.
+
+    Raises:
+        ValueError: the file is not a valid checkpoint of a language model or, with `reward`, of a reward model.
+    """
     checkpoint = read_checkpoint(path)
     settings, weights = checkpoint["hyper_parameters"], checkpoint["state_dict"]
+    if (stage_of(checkpoint) == "reward") != reward:
+        found, needed = ("a language model", "a reward model")[:: 1 if reward else -1]
+        raise ValueError(f"the checkpoint {path} is {found}, and {needed} is needed here: give another")
     with torch.device(device):
         net = build_net(settings)
+        net = RewardModel(net.config) if reward else net
     prefix = "ema_net." if settings["ema_decay"] else "net."  # val/loss is of the weight average
     net.load_state_dict({k.removeprefix(prefix): w for k, w in weights.items() if k.startswith(prefix)})
     return net.eval(), build_from_state(checkpoint["datamodule_hyper_parameters"], settings["vocab_size"])

@@ -30,7 +30,8 @@ def quantize(ckpt_path: str = "best", output: str = "small.ckpt") -> None:
             if w.dim() == 2:
                 scales[name] = w.float().abs().amax(1).clamp(min=1e-30) / 127
                 weights[name] = (w.float() / scales[name][:, None]).round().to(torch.int8)
-    kept = {key: value for key, value in checkpoint.items() if key in ("epoch", "global_step", "config", VERSION_KEY)}
+    keys = "epoch", "global_step", "config", "stage", VERSION_KEY
+    kept = {key: value for key, value in checkpoint.items() if key in keys}
     kept["datamodule_hyper_parameters"] = checkpoint["datamodule_hyper_parameters"]
     kept["hyper_parameters"] = checkpoint["hyper_parameters"] | {"ema_decay": 0.0}  # the average is the only net now
     write_checkpoint(kept | {"state_dict": weights, "scales": scales}, output)

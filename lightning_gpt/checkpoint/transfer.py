@@ -26,6 +26,9 @@ def transfer_weights(
     """
     net, old = load_net(find_checkpoint(path))
     weights, same_type = net.state_dict(), type(old) is type(tokenizer)
+    if "reward_head.weight" in fresh:  # a reward model starts from a language model's trunk
+        del weights["lm_head.weight"]
+        weights["reward_head.weight"] = fresh["reward_head.weight"]
     vocabulary, new_vocabulary = old.vocabulary, () if tokenizer is None else tokenizer.vocabulary
     extends = isinstance(old, CharTokenizer) and same_type and "".join(new_vocabulary).startswith("".join(vocabulary))
     if tokenizer is not None and not extends and (not same_type or vocabulary != new_vocabulary):
@@ -40,7 +43,7 @@ def transfer_weights(
             f"model.freeze_layers freezes the embeddings, but those of {new_vocabulary[len(vocabulary) :][:40]!r}, "
             f"which {path} does not have, are untrained: use --model.freeze_layers 0"
         )
-    for name in "wte.weight", "lm_head.weight":
+    for name in {"wte.weight", "lm_head.weight"} & weights.keys():
         if extends and len(weights[name]) < len(fresh[name]) and weights[name].shape[1:] == fresh[name].shape[1:]:
             weights[name] = torch.cat((weights[name], fresh[name][len(weights[name]) :].to(weights[name])))
     if "wpe.weight" in weights and "wpe.weight" in fresh:

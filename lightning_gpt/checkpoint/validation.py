@@ -18,12 +18,14 @@ from torch import Tensor
 from ..data.tokenizers import TOKENIZER_TYPES, build_from_state
 from ..model.gpt import GPTConfig
 from ..model.lecture import LECTURE_STEPS, build_net
+from ..model.reward import RewardModel
 
 MAX_VALUES, MAX_DEPTH = 300_000, 50  # values in a file, and how deeply they are nested
 MAX_PICKLE_OPS = 2_000_000  # a thousand blocks with Adam's moments take most of these
 MAX_TEXT = 2**24  # characters of the config and of each string setting
 MAX_AUGMENTATION = 1000  # copies of the training text, which are made before training
 MAX_INT = 2**53  # a float represents all integers up to this
+STAGES = "fit", "sft", "reward", "dpo", "grpo"  # the commands that train
 VERSION_KEY = "pytorch-lightning_version"  # Lightning refuses checkpoints without it
 
 # globals that a pickle may refer to: plain containers, dense tensors and their parts
@@ -113,11 +115,24 @@ def check_settings(settings: dict, group: str) -> None:
                 raise ValueError(f"{group}.{name} has {len(item):,} characters, more than {MAX_TEXT:,}")
 
 
-def expected_shapes(settings: dict, max_blocks: int) -> dict[str, tuple[int, ...]]:
+def stage_of(checkpoint: dict) -> str:
+    """The command that wrote a checkpoint; fit for one that does not say.
+
+    Raises:
+        ValueError: there is no such command.
+    """
+    stage = checkpoint.get("stage", "fit")
+    if not isinstance(stage, str) or stage not in STAGES:
+        raise ValueError(f"its stage is {short_repr(stage)}, none of {', '.join(STAGES)}")
+    return stage
+
+
+def expected_shapes(settings: dict, max_blocks: int, reward: bool = False) -> dict[str, tuple[int, ...]]:
     """The shapes by name of the weights of a net; at most one of its blocks is built, without memory.
 
     Args:
         settings: GPTConfig's fields, and lecture_step.
+        reward: whether the net is a reward model.
         max_blocks: number of weights in the file, which bounds the number of blocks.
     Raises:
         ValueError: a setting is missing or has a wrong type or value, or the settings contradict each other.
@@ -140,6 +155,7 @@ def expected_shapes(settings: dict, max_blocks: int) -> dict[str, tuple[int, ...
     try:
         with torch.device("meta"):
             net = build_net(settings | ({"n_layer": 1} if n_layer > 1 else {}))  # all blocks have the same shapes
+            net = RewardModel(net.config) if reward else net
     except (RuntimeError, TypeError, OverflowError) as error:
         raise ValueError(f"no net can have these settings: {' '.join(str(error).split())[:100]}") from None
     shapes = {name: tuple(w.shape) for name, w in net.state_dict().items()}
@@ -147,13 +163,14 @@ def expected_shapes(settings: dict, max_blocks: int) -> dict[str, tuple[int, ...
     return shapes | {f"h.{i}.{name}": shape for i in range(1, n_layer) for name, shape in first.items()}
 
 
-def check_weights(weights: dict, settings: dict) -> None:
+def check_weights(weights: dict, settings: dict, stage: str = "fit") -> None:
     """Raises ValueError unless the weights have the names and shapes that the settings give, and finite values."""
     decay: Any = settings.get("ema_decay")
     if not is_number(decay) or not 0 <= decay < 1:
         raise ValueError(f"ema_decay is {short_repr(decay)}")
-    shapes = expected_shapes(settings, len(weights))
-    prefixes = ("net.", "ema_net.") if decay else ("net.",)
+    shapes = expected_shapes(settings, len(weights), stage == "reward")
+    has_reference = stage in ("dpo", "grpo") and any(str(name).startswith("reference.") for name in weights)
+    prefixes = ("net.", *["ema_net."] * bool(decay), *["reference."] * has_reference)
     expected = {prefix + name: shape for prefix in prefixes for name, shape in shapes.items()}
     for name in expected:
         if name not in weights:
@@ -167,7 +184,7 @@ def check_weights(weights: dict, settings: dict) -> None:
             raise ValueError(f"the weight {name} is {tuple(w.shape)}, and the settings make it {expected[name]}")
         if not w.isfinite().all():
             raise ValueError(f"the weight {name} is NaN or infinite: training diverged")
-    for prefix in prefixes if settings["tie_embeddings"] else ():
+    for prefix in prefixes if settings["tie_embeddings"] and stage != "reward" else ():
         if not torch.equal(weights[f"{prefix}lm_head.weight"], weights[f"{prefix}wte.weight"]):
             raise ValueError("tie_embeddings is true, and lm_head.weight differs from wte.weight")
 
@@ -193,7 +210,7 @@ def check_contents(checkpoint: dict) -> None:
     settings, data = checkpoint["hyper_parameters"], checkpoint["datamodule_hyper_parameters"]
     check_settings(settings, "model")
     check_settings(data, "data")
-    check_weights(checkpoint["state_dict"], settings)
+    check_weights(checkpoint["state_dict"], settings, stage_of(checkpoint))
     check_tokenizer(data, settings["vocab_size"])
     if not matches_type(copies := data.get("name_augmentation", 0), int) or not 0 <= copies <= MAX_AUGMENTATION:
         raise ValueError(f"data.name_augmentation is {short_repr(copies)}, not an integer from 0 to {MAX_AUGMENTATION}")
