@@ -64,12 +64,17 @@ def load(
     net, tokenizer = load_net(find_or_packaged(ckpt_path), device)
     if precision == "auto":
         precision = "bfloat16" if next(net.parameters()).device.type == "cuda" else "float32"
+    return in_precision(net, precision), tokenizer
+
+
+def in_precision(net: GPT | LectureModel, precision: str) -> GPT | LectureModel:
+    """The net with its weights in another dtype, in place; rotary angles stay as they are, to keep their digits."""
     if precision != "float32":
         rope = getattr(net, "rope", None)
         net.to(getattr(torch, precision))
         if rope is not None:
-            net.rope = rope  # half precision has too few digits for the rotary angles
-    return net, tokenizer
+            net.rope = rope
+    return net
 
 
 @dataclass
@@ -159,7 +164,7 @@ def complete(
     *,
     temperature: float = 0.8,
     stop: Sequence[str] = (),
-    seed: int = 1337,
+    seed: int | Sequence[int] = 1337,
     context_shift: int | None = None,
     on_unknown: Literal["error", "drop"] = "error",
     logprobs: bool = False,
@@ -171,7 +176,7 @@ def complete(
         prompts: of any lengths; the net reads the last block_size tokens of each. Each text has a generator, seeded
             with `seed` and its index, so in float32 and float64 it does not depend on the other prompts.
         stop: a text ends before the first occurrence of any of these strings.
-        seed: seeds the generators; the same seed gives the same texts.
+        seed: seeds the generators; the same seed gives the same texts. A sequence has one for each text.
         context_shift: tokens by which a full context is shifted, see `stream_ids`. None is half of block_size, which is
             fast; 1 is the lecture's sliding window, with a full forward pass per token.
         on_unknown: whether characters outside the vocabulary raise an error or are dropped.
@@ -187,7 +192,8 @@ def complete(
     device = next(net.parameters()).device
     texts = [Completion(prepare_prompt(tokenizer, prompt, on_unknown), stop=stop) for prompt in prompts]
     rows = [torch.as_tensor(tokenizer.encode(text.prompt)) for text in texts]
-    generators = [torch.Generator(device).manual_seed(derive_seed(seed, i)) for i in range(len(texts))]
+    seeds = [derive_seed(seed, i) for i in range(len(texts))] if isinstance(seed, int) else seed
+    generators = [torch.Generator(device).manual_seed(one) for one in seeds]
     steps = stream_ids(
         net,
         pad_sequence(rows, batch_first=True).to(device),

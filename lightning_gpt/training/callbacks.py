@@ -65,6 +65,8 @@ class SampleText(L.Callback):
         sharded = isinstance(trainer.strategy, FSDP2Strategy)  # then every rank has to run the forward pass
         if trainer.sanity_checking or not self.length or trainer.state.fn != "fit":
             return
+        if cast(LanguageModel, lm).stage == "reward":
+            return  # it gives no logits
         if not (trainer.is_global_zero or sharded):
             return
         if not trainer.callback_metrics["val/loss"].isfinite():

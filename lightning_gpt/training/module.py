@@ -91,6 +91,8 @@ class LanguageModel(L.LightningModule):
         net: the fields of GPTConfig.
     """
 
+    stage = "fit"  # the command that trains it, kept in checkpoints
+
     def __init__(
         self,
         *,
@@ -130,7 +132,7 @@ class LanguageModel(L.LightningModule):
             raise ValueError(f"lecture_step={lecture_step} runs as it is written: leave compile=true out")
         self.save_hyperparameters()
         self.save_hyperparameters(asdict(GPTConfig(**net)))  # with the defaults of what was not given
-        self.net = build_net(self.hparams)
+        self.net = self.build_net()
         self.ema_net = deepcopy(self.net).requires_grad_(False) if ema_decay else None
         if isinstance(self.net, GPT):
             freeze_lowest(self.net, freeze_layers)
@@ -146,6 +148,10 @@ class LanguageModel(L.LightningModule):
         self.step_loss: Tensor = torch.zeros(())
         self.last_step_done = 0
         self.logged_loss: Tensor | None = None
+        self.step_metrics: dict[str, Tensor] = {}  # of the newest batch, to log beside its loss
+
+    def build_net(self) -> Any:
+        return build_net(self.hparams)
 
     @property
     def eval_net(self) -> GPT | LectureModel:
@@ -300,13 +306,23 @@ class LanguageModel(L.LightningModule):
             loss = self.step_loss.clone()  # a replayed step overwrites it
             loss = self.logged_loss = loss if batches == accumulate else loss * (accumulate / batches)
             self.log("train/loss", loss, sync_dist=self.trainer.world_size > 1)
-            if self.chars_per_token is not None:
-                per_token = self.chars_per_token[batch[1][batch[1] >= 0]].float().mean()
-                self.log("train/bpc", loss / per_token / math.log(2), sync_dist=self.trainer.world_size > 1)
+            for name, value in self.metrics_of_step(loss, batch).items():
+                self.log(f"train/{name}", value, sync_dist=self.trainer.world_size > 1)
             rates = {bool(group.get("muon")): group["lr"] for group in self.trainer.optimizers[0].param_groups}
             for of_muon, rate in rates.items():
                 self.log("train/muon_lr" if of_muon else "train/lr", float(rate))
             self.log("train/grad_norm", self.grad_norm.clone())
+
+    def metrics_of_step(self, loss: Tensor, batch: tuple[Tensor, ...]) -> dict[str, Tensor]:
+        """What is logged beside the loss of a step, by name; bpc is that of the last batch's targets."""
+        if self.chars_per_token is None:
+            return self.step_metrics
+        targets = batch[1][batch[1] >= 0]
+        return {"bpc": loss / self.chars_per_token[targets].float().mean() / math.log(2)}
+
+    def batch_tokens(self, batch: tuple[Tensor, ...]) -> int:
+        """Tokens in a batch, for the throughput."""
+        return batch[1].numel()
 
     # --- validation: a weighted mean over all tokens, exact whatever the windows' lengths and the ranks' shares -------
 
@@ -360,16 +376,23 @@ class LanguageModel(L.LightningModule):
         tokenizer = getattr(getattr(self.trainer, "datamodule", None), "tokenizer", None)
         table = None if tokenizer is None else tokenizer.chars_per_token
         self.register_buffer("chars_per_token", table, persistent=False)
-        metrics: dict[str, Metric | MetricCollection] = {"loss": MeanMetric(), "perplexity": Perplexity()}
-        if table is not None:
-            metrics["bpc"] = BitsPerCharacter()
-        self.val_metrics = MetricCollection(metrics, prefix="val/")
+        self.val_metrics = MetricCollection(self.validation_metrics(), prefix="val/")
         self.test_metrics = self.val_metrics.clone(prefix="test/")
         if stage == "fit" and self.init_from:
             weights = transfer_weights(self.init_from, self.net.state_dict(), tokenizer, self.hparams.freeze_layers > 0)
             for net in self.net, self.ema_net:
                 if net is not None:
                     net.load_state_dict(weights)
+
+    def validation_metrics(self) -> dict[str, Metric | MetricCollection]:
+        """The metrics of a validation by name; `loss` decides which checkpoint is the best."""
+        metrics: dict[str, Metric | MetricCollection] = {"loss": MeanMetric(), "perplexity": Perplexity()}
+        if self.chars_per_token is not None:
+            metrics["bpc"] = BitsPerCharacter()
+        return metrics
+
+    def on_save_checkpoint(self, checkpoint: dict) -> None:
+        checkpoint["stage"] = self.stage
 
     def on_load_checkpoint(self, saved: dict) -> None:
         dequantize(saved)

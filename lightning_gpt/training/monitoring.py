@@ -221,13 +221,13 @@ class Throughput(L.Callback):
     def on_train_batch_end(self, trainer: L.Trainer, lm: L.LightningModule, outputs, batch, batch_idx: int) -> None:
         self.batches += 1
         if self.start is not None:
-            self.tokens += batch[1].numel() * trainer.world_size
-            if cast(LanguageModel, lm).logs_after(batch_idx):
+            model = cast(LanguageModel, lm)
+            batch_tokens = model.batch_tokens(batch) * trainer.world_size
+            self.tokens += batch_tokens
+            if model.logs_after(batch_idx):
                 seconds, tokens = self.stop(), self.tokens
                 self.tokens, self.start = 0, time.perf_counter()
-                self.log_speed(
-                    trainer, cast(LanguageModel, lm), tokens / seconds, batch[1].numel() * trainer.world_size
-                )
+                self.log_speed(trainer, model, tokens / seconds, batch_tokens)
 
     def log_speed(self, trainer: L.Trainer, lm: LanguageModel, speed: float, batch_tokens: int) -> None:
         lm.log("perf/tokens_per_second", speed)  # may wait for the GPU, which counts too
