@@ -2,6 +2,7 @@
 
 import json
 import re
+from itertools import count
 
 import pytest
 import torch
@@ -12,10 +13,10 @@ from lightning_gpt import LanguageModel
 from lightning_gpt.alignment.examples import (
     IGNORED,
     Example,
-    RandomExamples,
-    SequentialExamples,
+    ShuffledExamples,
     collate,
     read_examples,
+    sequential_batches,
 )
 from lightning_gpt.alignment.verse import demonstrations, is_followed, kind_of, prompt_for
 from lightning_gpt.checkpoint.io import read_checkpoint
@@ -54,34 +55,34 @@ def test_the_loss_is_the_mean_over_the_tokens_of_completions(lm):
 
 
 def test_prompts_and_padding_get_no_targets():
-    x, y, count = collate(EXAMPLES)
+    x, y, targets = collate(EXAMPLES)
     for row, (ids, trained) in enumerate(EXAMPLES):
         n = len(ids)
         assert torch.equal(x[row, :n][: x.size(1)], ids[: x.size(1)])
         assert torch.equal(y[row, : n - 1] != IGNORED, trained[1:]) and (y[row, n - 1 :] == IGNORED).all()
         assert torch.equal(y[row, : n - 1][trained[1:]], ids[1:][trained[1:]])
-    assert count == (y != IGNORED).sum()
+    assert targets == (y != IGNORED).sum()
 
 
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_the_mean_loss_of_several_devices_is_that_of_one(lm, ranks):
-    one = RandomExamples(EXAMPLES, 6, 7, None).batch(3)
-    shares = [RandomExamples(EXAMPLES, 6, 7, None, rank, ranks).batch(3) for rank in range(ranks)]
+    one = ShuffledExamples(EXAMPLES, 6, 7, collate, count).batch(3)
+    shares = [ShuffledExamples(EXAMPLES, 6, 7, collate, count, rank, ranks).batch(3) for rank in range(ranks)]
     losses = [lm.train_loss(*share) for share in shares]  # each times the number of ranks in a run, and then averaged
     torch.testing.assert_close(sum(losses), lm.train_loss(*one), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 def test_validation_sees_every_example_once_on_any_number_of_devices(ranks):
-    shares = [SequentialExamples(EXAMPLES, 2, rank, ranks) for rank in range(ranks)]
+    shares = [sequential_batches(EXAMPLES, 2, collate, rank, ranks) for rank in range(ranks)]
     assert len({len(share) for share in shares}) == 1
-    seen = [int(count) for share in shares for _, _, count in share if count]
+    seen = [int(targets) for share in shares for _, _, targets in share]
     assert sum(seen) == sum(int(one.trained[1:].sum()) for one in EXAMPLES)
 
 
 def test_a_batch_has_examples_of_similar_length_and_each_is_equally_likely():
     lengths = [2 + i // 8 for i in range(200)]  # 2 to 26, eight of each
-    batches = RandomExamples([example(n, 1, n) for n in lengths], 4, 0, None)
+    batches = ShuffledExamples([example(n, 1, n) for n in lengths], 4, 0, collate, count)
     counts, padding, total = torch.zeros(27), 0, 0
     for k in range(1500):
         _, y, _ = batches.batch(k)
@@ -164,8 +165,8 @@ def test_sft_learns_the_completions_and_resumes_bit_for_bit(ckpt, jsonl, tmp_pat
 
 def test_a_checkpoint_of_sft_is_not_resumed_as_pre_training_nor_the_other_way_round(ckpt, jsonl, tmp_path, fails):
     tuned = sft(ckpt, jsonl, tmp_path, 1)
-    assert "template" in fails("fit", f"--ckpt_path={tuned}", "--trainer.max_steps=9")
-    assert "name_augmentation" in fails("sft", f"--ckpt_path={ckpt}", "--trainer.max_steps=9")
+    assert "is of sft, not of fit: resume it with sft" in fails("fit", f"--ckpt_path={tuned}", "--trainer.max_steps=9")
+    assert "is of fit, not of sft: resume it with fit" in fails("sft", f"--ckpt_path={ckpt}", "--trainer.max_steps=9")
 
 
 def test_demonstrations_are_of_the_kind_that_their_prompts_ask_for(tmp_path):

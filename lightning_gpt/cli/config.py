@@ -17,7 +17,6 @@ from ..checkpoint.io import RUNS_DIR
 from ..checkpoint.validation import MAX_INT, is_number, short_repr
 from ..data.tokenizers import REPLACEMENT
 from ..model.gpt import GPTConfig
-from ..training.module import LanguageModel
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 # fit may change all settings of a checkpoint but FIXED_IN_FIT, which its weights and its optimizer state depend on;
@@ -125,7 +124,12 @@ def names_classes(key: str, value: Any) -> bool:
     return key in WITH_CLASSES and value is not None and not is_restorable
 
 
-def run_settings(checkpoint: dict, command: str, data_class: type) -> dict:
+def setting_names(module_class: type) -> set[str]:
+    """The settings of a LanguageModel or a LightningDataModule, with those of the classes that it extends."""
+    return {name for base in module_class.__mro__ if "__init__" in vars(base) for name in signature(base).parameters}
+
+
+def run_settings(checkpoint: dict, command: str, model_class: type, data_class: type) -> dict:
     """Returns the settings of a checkpoint's run as a config: plain values only, which import no class.
 
     Raises:
@@ -147,11 +151,7 @@ def run_settings(checkpoint: dict, command: str, data_class: type) -> dict:
     # checkpoints without a training run (import, quantize) lack these
     model = {"lecture_step": None, "init_from": None, "freeze_layers": 0} | checkpoint["hyper_parameters"]
     data = checkpoint["datamodule_hyper_parameters"]
-    known = {
-        "model": NET_SETTINGS | {*signature(LanguageModel).parameters},
-        "data": {*signature(data_class).parameters},
-    }
-    for section, names in (model, known["model"]), (data, known["data"]):
+    for section, names in (model, NET_SETTINGS | setting_names(model_class)), (data, setting_names(data_class)):
         if unknown := [name for name in section if name not in names]:
             raise ValueError(f"it has settings that are unknown here: {', '.join(unknown)[:100]}")
     settings: dict[str, Any] = {}

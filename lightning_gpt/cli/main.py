@@ -20,12 +20,16 @@ COMMANDS = {
     "import": "checkpoint.convert:import_weights",
     "export": "checkpoint.convert",
     "demonstrations": "alignment.verse",
+    "preferences": "alignment.preferences",
 }
-TRAINING = "fit", "sft", "validate", "test"
+TRAINING = "fit", "sft", "reward", "dpo", "grpo", "validate", "test"
 HELP = """lightning-gpt COMMAND [options]; each COMMAND has its own --help.
 
   fit        train a model, or resume training
   sft        fine-tune a model on prompts and completions (JSON lines)
+  reward     train a reward model on pairs of completions (JSON lines)
+  dpo        train a policy on pairs of completions
+  grpo       train a policy to get more of a reward
   validate   compute the loss of a checkpoint on its full validation split
   test       compute the same metrics as validate, logged under test/
   generate   generate text from a checkpoint
@@ -35,7 +39,9 @@ HELP = """lightning-gpt COMMAND [options]; each COMMAND has its own --help.
   import     make a checkpoint from weights of GPT-2, nanoGPT or safetensors
   export     write a checkpoint's net as safetensors, for transformers, or as ONNX
   demonstrations
-             write example prompts and completions for sft: verse or prose"""
+             write example prompts and completions for sft: verse or prose
+  preferences
+             write pairs of a checkpoint's own texts, ordered by a reward"""
 
 
 def dispatch(args: list[str]) -> None:

@@ -21,8 +21,8 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from torch import distributed as dist
 
-from ..alignment.datamodule import PromptDataModule
 from ..checkpoint.io import RUNS_DIR, checkpoint_summary, find_checkpoint, read_checkpoint
+from ..checkpoint.validation import STAGES, stage_of
 from ..data.datamodule import TextDataModule
 from ..data.tokenizers import CharTokenizer
 from ..errors import lossy_output, message_with_notes, print_error, print_info, program_name
@@ -79,6 +79,7 @@ class TrainingParser(Parser, LightningArgumentParser):
 class CLI(LightningCLI):
     """LightningCLI whose runs have a name and take their defaults from the checkpoint that they start from."""
 
+    model_class: type[LanguageModel] = LanguageModel
     data_class: type[L.LightningDataModule] = TextDataModule
     fit_description = (
         "Train a model. The default --config is laptop, or that of --model.lecture_step. --ckpt_path resumes a run."
@@ -92,7 +93,11 @@ class CLI(LightningCLI):
 
     def __init__(self, parser_kwargs: dict[str, Any], **kwargs):
         parser_kwargs = parser_kwargs | {"fit": {"description": self.fit_description}}
-        super().__init__(LanguageModel, self.data_class, parser_kwargs=parser_kwargs, **kwargs)
+        super().__init__(self.model_class, self.data_class, parser_kwargs=parser_kwargs, **kwargs)
+
+    @property
+    def stage(self) -> str:
+        return self.model_class.stage
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
@@ -129,12 +134,14 @@ class CLI(LightningCLI):
             check_remaining(self.config.fit.trainer, {})
 
     def start_from_checkpoint(self, parser, args: list[str], command: str) -> None:
-        path = find_checkpoint(self.config[command].ckpt_path or "best")
+        path = find_checkpoint(self.config[command].ckpt_path or "best", [self.stage])
         checkpoint = read_checkpoint(path)
+        if (stage := stage_of(checkpoint)) != self.stage:
+            raise ValueError(f"the checkpoint {path} is of {stage}, not of {self.stage}: resume it with {stage}")
         if command == "fit" and "optimizer_states" not in checkpoint:
             raise ValueError(f"{path} has weights but no training state: start from it with --model.init_from")
         try:
-            settings = run_settings(checkpoint, command, self.data_class)
+            settings = run_settings(checkpoint, command, self.model_class, self.data_class)
         except ValueError as error:
             raise ValueError(f"the settings in the checkpoint {path} are invalid: {error}") from None
         with_classes: dict[str, Any] = {}
@@ -330,18 +337,24 @@ class CLI(LightningCLI):
         if not math.isfinite(self.saver.best_loss):
             print(f"nothing was validated; the newest state is {os.path.relpath(self.saver.last)}")
             return
-        path = os.path.relpath(self.saver.best)
-        program = program_name()
+        path, program = os.path.relpath(self.saver.best), program_name()
         loss = self.trainer.callback_metrics["val/loss"]
-        unit = "character" if isinstance(self.datamodule.tokenizer, CharTokenizer) else "token"
         print(
-            f"val/loss {loss:.4f} nats per {unit} at the end, {self.saver.best_loss:.4f} at best, after "
+            f"val/loss {loss:.4f}{self.loss_unit()} at the end, {self.saver.best_loss:.4f} at best, after "
             f"{self.throughput.seconds:.1f} s of training\n{path}\n"
         )
+        use = self.show_result(path)
+        print(f"\nNext:\n  {program} {use}\n  {program} validate --ckpt_path {path}")
+
+    def loss_unit(self) -> str:
+        return f" nats per {'character' if isinstance(self.datamodule.tokenizer, CharTokenizer) else 'token'}"
+
+    def show_result(self, path: str) -> str:
+        """Prints a text that the checkpoint writes; returns the command that makes use of it."""
         for piece in stream(*load(path), max_new_tokens=300):
             print(piece, end="", flush=True)
-        prompt = "" if self.datamodule.tokenizer.unknown("ROMEO:") else ' --prompt "ROMEO:"'
-        print(f"\n\nNext:\n  {program} generate{prompt}\n  {program} validate --ckpt_path {path}")
+        print()
+        return "generate" if self.datamodule.tokenizer.unknown("ROMEO:") else 'generate --prompt "ROMEO:"'
 
     def _run_subcommand(self, subcommand: str) -> None:
         if self.resume_state:
@@ -368,23 +381,18 @@ class CLI(LightningCLI):
                 self.lock = None
 
 
-class SFT(CLI):
-    """The command line of `sft`: `fit` on prompts and completions."""
-
-    data_class = PromptDataModule
-    fit_description = "sft takes the options of fit: fine-tune a model on the prompts and completions of --data.corpus."
-
-
 def cli_for(args: list[str]) -> type[CLI]:
-    """SFT for the command sft, and to validate a checkpoint that it has written; else CLI."""
-    if args[:1] == ["sft"]:
-        return SFT
-    if args[:1] in (["validate"], ["test"]):
+    """The command line of a stage, or to validate a checkpoint that it has written."""
+    stage = args[0] if args else ""
+    if stage in ("validate", "test"):
         with suppress(OSError):
-            summary = checkpoint_summary(find_checkpoint(last_flag_value(args, "--ckpt_path") or "best"))
-            if summary is not None and summary[2]["template"] is not None:
-                return SFT
-    return CLI
+            summary = checkpoint_summary(find_checkpoint(last_flag_value(args, "--ckpt_path") or "best", STAGES))
+            stage = "fit" if summary is None else summary[2]["stage"]
+    if stage not in STAGES or stage == "fit":
+        return CLI
+    from .stages import STAGE_CLIS  # imports what fit does not need
+
+    return STAGE_CLIS[stage]
 
 
 def check_remaining(given, state: dict) -> None:
@@ -445,11 +453,12 @@ def configure_logging() -> None:
 
 
 def train(args: list[str], cli: type[CLI] | None = None) -> None:
-    """Runs the command line `args`: fit, sft, validate or test."""
+    """Runs the command line `args`: fit, a stage of alignment, validate or test."""
     cli = cli or cli_for(args)
-    if args[:1] == ["sft"]:
+    command = args[0] if args and args[0] in STAGES else "fit"
+    if args[:1] and args[0] in STAGES and args[0] != "fit":
         given = {"--config", "-c", "--ckpt_path"} & {arg.split("=")[0] for arg in args}
-        args = ["fit", *([] if given else ["--config=sft"]), *args[1:]]
+        args = ["fit", *([] if given else [f"--config={args[0]}"]), *args[1:]]
     configure_logging()
     if torch.cuda.is_available():
         torch.set_float32_matmul_precision("high")  # TF32: far faster, and precise enough
@@ -471,12 +480,14 @@ def train(args: list[str], cli: type[CLI] | None = None) -> None:
         )
     except TrainingInterrupted as stop:
         with suppress(OSError):  # stderr may be a log on a full disk
-            print(f"lightning-gpt: {stop}. Resume:\n  {program_name()} fit --ckpt_path {stop.path}", file=sys.stderr)
+            print(
+                f"lightning-gpt: {stop}. Resume:\n  {program_name()} {command} --ckpt_path {stop.path}", file=sys.stderr
+            )
         sys.exit(128 + stop.signum)
     except PeerLostError:
         print_error(
             "another process of this run has ended or hangs; see its output. Saved checkpoints are intact; resume:\n"
-            f"  {program_name()} fit --ckpt_path last"
+            f"  {program_name()} {command} --ckpt_path last"
         )
         sys.exit(1)
     except dist.DistNetworkError as error:
