@@ -193,6 +193,25 @@ def read_prompts(path: Path, tokenizer: Tokenizer, max_length: int) -> list[str]
     return list(prompts)
 
 
+def read_completions(path: Path) -> list[tuple[str, ...]]:
+    """The lines of a file of JSON lines as (prompt, completion), or all as (prompt, chosen, rejected).
+
+    Raises:
+        ValueError: a line has other keys or is like neither; names file and line. OSError: the file can't be read.
+    """
+    found: list[tuple[str, ...]] = []
+    for where, record in read_records(path):
+        if not isinstance(record, dict):
+            raise ValueError(f"{where} is a {type(record).__name__}, not an object with prompt and completion")
+        keys = ("chosen", "rejected") if "chosen" in record else ("completion",)
+        found.append(tuple(text_field(record, key, where) for key in ("prompt", *keys)))
+        if len(found[-1]) != len(found[0]):
+            raise ValueError(f"{where} is a {'pair' if len(keys) == 2 else 'single text'}, unlike the first line")
+    if not found:
+        raise ValueError(f"{path} has no texts: give one JSON object per line, with prompt and completion")
+    return found
+
+
 def headings(text: str) -> list[str]:
     """The distinct lines of a play that name who speaks, each with its newline: prompts to continue."""
     return list(dict.fromkeys(HEADING.findall(f"\n\n{text}")))

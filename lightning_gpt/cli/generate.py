@@ -9,6 +9,8 @@ from os.path import relpath
 from pathlib import Path
 from typing import Any, Literal
 
+from ..alignment.examples import read_completions
+from ..alignment.rewards import Reward, find_reward
 from ..checkpoint.io import RUNS_DIR, atomic_write, checkpoint_summary, newest_first
 from ..data.corpus import read_text
 from ..data.tokenizers import Tokenizer
@@ -16,6 +18,7 @@ from ..errors import print_info
 from ..inference.text import (
     PACKAGED_CHECKPOINT,
     Completion,
+    choose_device,
     complete,
     find_or_packaged,
     load,
@@ -69,6 +72,8 @@ def generate_command(
     repetition_penalty: float = 1.0,
     stop: list[str] | None = None,
     num_samples: int = 1,
+    best_of: int = 1,
+    reward: str | None = None,
     seed: int = 1337,
     context_shift: int | None = None,
     on_unknown: Literal["error", "drop"] = "error",
@@ -93,6 +98,8 @@ def generate_command(
         repetition_penalty: above 1 makes tokens that already occur in the text less likely.
         stop: a string before which a text ends, or a list of them: ['THE END', '###'].
         num_samples: number of texts, generated in one batch, each with its own random generator.
+        best_of: texts to generate for each that is kept, the one with the highest reward.
+        reward: verse, the .ckpt of a reward model, or module:function or file.py:function.
         seed: seeds the random generators; the same seed gives the same texts.
         context_shift: tokens by which a full context is shifted; null is half the context, which is fast; 1 recomputes
             the full context for every token.
@@ -103,12 +110,17 @@ def generate_command(
         device: auto, cpu, cuda, cuda:1, mps ...; auto takes the accelerator if there is one.
         precision: auto is bfloat16 on CUDA, float32 elsewhere; on a CPU, float16 is twice as fast for larger nets.
     """
-    if num_samples < 1:
-        raise ValueError(f"num_samples={num_samples} must be at least 1")
+    for name, value in ("num_samples", num_samples), ("best_of", best_of):
+        if value < 1:
+            raise ValueError(f"{name}={value} must be at least 1")
+    if (best_of > 1) != (reward is not None):
+        raise ValueError(f"best_of={best_of} with reward={reward}: give both, such as --best_of 16 --reward verse")
     if prompt is not None and prompt_file is not None:
         raise ValueError("set prompt or prompt_file, not both")
-    if interactive and (json or output or prompt_file or num_samples > 1):
-        raise ValueError("interactive writes one text to the terminal: no json, output, prompt_file or num_samples")
+    if interactive and (json or output or prompt_file or num_samples > 1 or best_of > 1):
+        raise ValueError(
+            "interactive writes one text to the terminal: no json, output, prompt_file, num_samples or best_of"
+        )
     if output and (Path(output).is_dir() or not Path(output).absolute().parent.is_dir()):
         raise ValueError(f"output={output} can't be written: it is a folder, or its folder does not exist")
     net, tokenizer, path = load_with_path(ckpt_path, device, precision)
@@ -122,6 +134,7 @@ def generate_command(
         "stop": stop or [],
         "context_shift": context_shift,
     }
+    scorer = None if reward is None else find_reward(reward, next(net.parameters()).device)
     description = describe_checkpoint(path, ckpt_path)
     if interactive:
         print_info(description)
@@ -133,8 +146,8 @@ def generate_command(
     warn_if_truncated(net, tokenizer, prompt)
     start, first, interrupted = time.perf_counter(), math.nan, False
     settings = sampling | {"seed": seed, "logprobs": json}
-    updates = complete(net, tokenizer, [prompt] * num_samples, max_new_tokens, **settings)
-    samples, shown, quiet = list[Completion](), 0, json or output
+    updates = complete(net, tokenizer, [prompt] * (num_samples * best_of), max_new_tokens, **settings)
+    samples, shown, quiet = list[Completion](), 0, json or output or scorer is not None
     try:
         for samples in updates:
             if not shown:
@@ -143,9 +156,12 @@ def generate_command(
             shown = print_new_text(samples[0], shown, first_time=not shown) if not quiet else 1
     except KeyboardInterrupt:
         interrupted = True
-    seconds = time.perf_counter() - start
+    seconds, count = time.perf_counter() - start, sum(len(sample.tokens) for sample in samples)
+    rewards: list[float] = []
+    if scorer is not None:
+        samples, rewards = keep_best(samples, best_of, scorer)
+        print_info(f"the best of {best_of} each, with a reward of {', '.join(f'{value:.3g}' for value in rewards)}")
     if json:
-        count = sum(len(sample.tokens) for sample in samples)
         result = {
             "checkpoint": path,
             "device": str(next(net.parameters()).device),
@@ -159,7 +175,8 @@ def generate_command(
                     "logprobs": s.logprobs,
                     "finish_reason": s.finish_reason or "interrupted",
                 }
-                for s in samples
+                | ({"reward": rewards[i]} if rewards else {})
+                for i, s in enumerate(samples)
             ],
             "seconds": seconds,
             "seconds_to_first": first,
@@ -171,12 +188,20 @@ def generate_command(
     if output:
         atomic_write(output, f"{result_text}\n".encode())
         print_info(f"wrote {len(samples)} texts of {sum(len(s.text) for s in samples):,} characters to {output}")
-    elif json:
+    elif json or quiet:
         print(result_text)
     else:
         print("".join(SEPARATOR + sample.prompt + sample.text for sample in samples[1:]))
     if interrupted:
         sys.exit(130)
+
+
+def keep_best(samples: list[Completion], best_of: int, reward: Reward) -> tuple[list[Completion], list[float]]:
+    """The sample with the highest reward of each `best_of` successive ones, and its reward."""
+    rewards = reward([sample.prompt for sample in samples], [sample.text for sample in samples])
+    groups = (range(start, start + best_of) for start in range(0, len(samples), best_of))
+    best = [max(group, key=rewards.__getitem__) for group in groups]
+    return [samples[i] for i in best], [rewards[i] for i in best]
 
 
 def print_new_text(text: Completion, shown: int, first_time: bool) -> int:
@@ -234,22 +259,29 @@ def score_command(
     text_file: str,
     ckpt_path: str = "best",
     stride: int | None = None,
+    reward: str | None = None,
     on_unknown: Literal["error", "drop"] = "error",
     json: bool = False,
     device: str = "auto",
 ) -> None:
-    """Print the negative log-likelihood of a text under a checkpoint, in nats and bits per character.
+    """Print the negative log-likelihood of a text under a checkpoint, in nats and bits per character; or rewards.
 
     Args:
-        text_file: a UTF-8 file; - is stdin.
+        text_file: a UTF-8 file; - is stdin. With --reward, JSON lines with prompt and completion, or with prompt,
+            chosen and rejected.
         ckpt_path: the checkpoint; best or last is the newest file of that name below checkpoints/, or the small net
             that comes with the package.
         stride: tokens by which the window of block_size moves; each token is scored once. null is block_size: adjacent
             windows, as in validate. A smaller stride gives tokens a longer context and takes longer.
+        reward: print the rewards of the file's completions instead: by verse, the .ckpt of a reward model, or
+            module:function or file.py:function.
         on_unknown: whether characters outside the vocabulary raise an error or are dropped.
         json: print JSON.
         device: auto, cpu, cuda, cuda:1, mps ...; auto takes the accelerator if there is one.
     """
+    if reward is not None:
+        print_rewards(Path(text_file), reward, choose_device(device), json)
+        return
     net, tokenizer, path = load_with_path(ckpt_path, device, "float32")
     text = read_input(text_file, tokenizer)
     if on_unknown == "drop" and text and (unknown := tokenizer.unknown(text)):
@@ -264,3 +296,24 @@ def score_command(
         f"{result.nats_per_character:.4f} nats, {result.bits_per_character:.4f} bits per character "
         f"({result.characters:,} of them, perplexity {result.perplexity:.3f}): {text_file} under {path}"
     )
+
+
+def print_rewards(path: Path, reward: str, device: str, json: bool) -> None:
+    """Prints the reward of each completion of a file of JSON lines, then their mean, or how many pairs are in order."""
+    records = read_completions(path)
+    scorer = find_reward(reward, device)
+    prompts = [prompt for prompt, *_ in records]
+    columns = [scorer(prompts, list(texts)) for texts in zip(*(texts for _, *texts in records), strict=True)]
+    rows = list(zip(*columns, strict=True))
+    if len(columns) == 2:
+        right = sum(chosen > rejected for chosen, rejected in rows) / len(rows)
+        summary, value = {"accuracy": right}, f"chosen is better in {right:.1%} of {len(rows):,} pairs"
+    else:
+        mean = sum(columns[0]) / len(rows)
+        summary, value = {"mean": mean}, f"mean reward {mean:.4f} of {len(rows):,} texts"
+    if json:
+        print(json_format.dumps({"reward": reward, "rewards": rows} | summary))
+        return
+    for row in rows:
+        print("  ".join(f"{value:.4f}" for value in row))
+    print_info(f"{value}, by {reward}")

@@ -39,6 +39,21 @@ def find_or_packaged(ckpt_path: str | Path = "best") -> Path:
         return PACKAGED_CHECKPOINT
 
 
+def choose_device(device: str) -> str:
+    """The device of this name; auto is the accelerator if there is one, else the CPU.
+
+    Raises:
+        ValueError: it can't be used here.
+    """
+    if device == "auto":
+        device = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
+    try:
+        torch.zeros(1, device=device).tolist()  # fails on the meta device
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device={device} can't be used here: {str(error).splitlines()[0][:100]}") from None
+    return device
+
+
 def load(
     ckpt_path: str | Path = "best",
     device: str = "auto",
@@ -55,12 +70,7 @@ def load(
         ValueError: the device can't be used, or the file is not a valid checkpoint.
         FileNotFoundError: there is no such checkpoint.
     """
-    if device == "auto":
-        device = str(torch.accelerator.current_accelerator(check_available=True) or "cpu")
-    try:
-        torch.zeros(1, device=device).tolist()  # fails on the meta device
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device={device} can't be used here: {str(error).splitlines()[0][:100]}") from None
+    device = choose_device(device)
     net, tokenizer = load_net(find_or_packaged(ckpt_path), device)
     if precision == "auto":
         precision = "bfloat16" if next(net.parameters()).device.type == "cuda" else "float32"
