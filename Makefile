@@ -39,6 +39,13 @@ bench: .venv/installed  ## how fast the laptop's config trains here, and how fas
 	$(BIN)/python -m lightning_gpt.benchmarks.training --config configs/laptop.yaml
 	$(BIN)/python -m lightning_gpt.benchmarks.generation
 
+.venv/align: .venv/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint .ci/constraints.txt --editable '.[align]'
+	touch $@
+
+align: .venv/align  ## fine-tune, learn a reward, optimize it (DPO, GRPO): what each stage buys, in 15 minutes
+	$(BIN)/python -m lightning_gpt.benchmarks.alignment
+
 lint: .venv/dev  ## check style and types
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
@@ -48,4 +55,4 @@ clean:  ## remove what can be rebuilt; runs below checkpoints/ stay
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 
 .DEFAULT_GOAL := help
-.PHONY: help install train generate board report test test-all bench lint clean
+.PHONY: help install train generate board report test test-all bench align lint clean

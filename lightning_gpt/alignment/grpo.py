@@ -27,7 +27,8 @@ class GRPO(Policy):
     Each prompt gets a group of texts; a text's advantage is its reward relative to its group's. The loss of a text is
     divided by max_new_tokens, not by its own length, which would favour long bad texts (Liu et al. 2025, section 3).
     The KL divergence from the reference is that of the whole next-token distribution. The ratio's denominator has
-    the log-probabilities of the sampler, so it also corrects its rounding.
+    the log-probabilities of the sampler, so it also corrects its rounding. val/loss is minus val/reward, so best.ckpt
+    has the highest reward.
 
     Args:
         group_size: texts for each prompt.
@@ -158,8 +159,7 @@ class GRPO(Policy):
 
     def measure_texts(self, metrics: MetricCollection, numbers: list[int]) -> dict[str, list[float]]:
         values = super().measure_texts(metrics, numbers)
-        for reward, kl in zip(values["reward"], values["kl"], strict=True):
-            metrics["loss"].update(self.hparams.beta * kl - reward)  # minus what is maximized
+        metrics["loss"].update(-sum(values["reward"]) / len(numbers), len(numbers))  # the best has the highest reward
         return values
 
     def on_save_checkpoint(self, checkpoint: dict) -> None:

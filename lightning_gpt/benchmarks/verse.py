@@ -14,9 +14,24 @@ import jsonargparse
 from ..alignment.verse import KINDS, is_followed, prompt_for
 from ..cli.main import run
 from ..cli.parser import Parser
+from ..data.tokenizers import Tokenizer
 from ..inference.text import complete, load
+from ..model.gpt import GPT
+from ..model.lecture import LectureModel
 
 SPEAKERS = "ROMEO", "JULIET", "MENENIUS", "First Citizen", "KING RICHARD III", "CLOWN", "AUTOLYCUS", "DUKE OF YORK"
+
+
+def obedience(net: GPT | LectureModel, tokenizer: Tokenizer, texts: int, temperature: float, seed: int) -> dict:
+    """For each kind the share of `texts` texts that are of it when it is asked for."""
+    share = {}
+    for kind in KINDS:
+        prompts = [prompt_for(kind, SPEAKERS[i % len(SPEAKERS)]) for i in range(texts)]
+        length = net.config.block_size - max(map(len, prompts))
+        *_, completions = complete(net, tokenizer, prompts, length, temperature=temperature, seed=seed, stop=["\n\n"])
+        finished = (one.text + "\n\n" * (one.finish_reason == "stop") for one in completions)
+        share[kind] = sum(is_followed(kind, text) for text in finished) / texts
+    return share
 
 
 def bench(
@@ -34,13 +49,7 @@ def bench(
     if texts < 1:
         raise ValueError(f"texts={texts} must be at least 1")
     net, tokenizer = load(ckpt_path)
-    share = {}
-    for kind in KINDS:
-        prompts = [prompt_for(kind, SPEAKERS[i % len(SPEAKERS)]) for i in range(texts)]
-        length = net.config.block_size - max(map(len, prompts))
-        *_, completions = complete(net, tokenizer, prompts, length, temperature=temperature, seed=seed, stop=["\n\n"])
-        finished = (one.text + "\n\n" * (one.finish_reason == "stop") for one in completions)
-        share[kind] = sum(is_followed(kind, text) for text in finished) / texts
+    share = obedience(net, tokenizer, texts, temperature, seed)
     print(json_format.dumps(share) if json else "  ".join(f"{kind} {value:.1%}" for kind, value in share.items()))
 
 
