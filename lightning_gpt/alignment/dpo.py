@@ -8,7 +8,7 @@ from torchmetrics import MeanMetric, Metric, MetricCollection
 
 from ..model.gpt import GPT
 from .examples import Pair, PairBatch, collate_pairs
-from .losses import dpo_loss, next_token_logprobs, of_tokens
+from .losses import accuracy, dpo_loss, next_token_logprobs, of_tokens
 from .policy import Policy
 from .stages import mean_over_devices
 
@@ -70,7 +70,7 @@ class DPO(Policy):
     def train_loss(self, *batch: Any) -> Tensor:
         pairs = PairBatch(*batch)
         margin, losses = self.margins(self.net, pairs)
-        self.step_metrics = {"margin": margin.detach().mean(), "accuracy": (margin.detach() > 0).float().mean()}
+        self.step_metrics = {"margin": margin.detach().mean(), "accuracy": accuracy(margin.detach())}
         loss = mean_over_devices(self, losses, pairs.total)
         return loss + self.pretraining_loss(self.trainer.fit_loop.total_batch_idx)
 
@@ -85,4 +85,4 @@ class DPO(Policy):
             margin, losses = self.margins(self.eval_net, batch)
             metrics["loss"].update(losses.mean(), n)
             metrics["margin"].update(margin.mean(), n)
-            metrics["accuracy"].update(((margin > 0).float() + 0.5 * (margin == 0)).mean(), n)
+            metrics["accuracy"].update(accuracy(margin), n)

@@ -26,7 +26,8 @@ class GRPO(Policy):
 
     Each prompt gets a group of texts; a text's advantage is its reward relative to its group's. The loss of a text is
     divided by max_new_tokens, not by its own length, which would favour long bad texts (Liu et al. 2025, section 3).
-    The KL divergence from the reference is that of the whole next-token distribution. The ratio's denominator has
+    The KL divergence from the reference is that of the whole next-token distribution, and its gradient is taken at
+    the positions of the texts, without what an earlier token changes for later ones. The ratio's denominator has
     the log-probabilities of the sampler, so it also corrects its rounding. val/loss is minus val/reward, so best.ckpt
     has the highest reward.
 

@@ -35,11 +35,16 @@ def dpo_loss(margin: Tensor, beta: float, ipo: bool = False) -> Tensor:
     return (margin - 1 / (2 * beta)).square() if ipo else -F.logsigmoid(beta * margin)
 
 
+def accuracy(margin: Tensor) -> Tensor:
+    """The share of margins above 0; those of 0 count half."""
+    return ((margin > 0).float() + 0.5 * (margin == 0)).mean()
+
+
 def kl_divergence(policy: Tensor, reference: Tensor) -> Tensor:
     """KL(policy || reference) of the next token, (B, T), from the log-probabilities (B, T, V) of both, in nats.
 
-    Its sum over the positions of texts drawn from the policy is an unbiased estimate of the KL of whole texts, with
-    less variance than that from the drawn tokens alone.
+    Its sum over the positions of texts drawn from the policy is an unbiased estimate of the KL of whole texts, usually
+    with less variance than that from the drawn tokens alone.
     """
     return (policy.exp() * (policy - reference)).sum(-1)
 

@@ -13,7 +13,7 @@ from ..training.lightning_compat import trainer_or_none
 from ..training.module import LanguageModel
 from ..training.strategies import FSDP2Strategy
 from .examples import PairBatch
-from .losses import bradley_terry_loss
+from .losses import accuracy, bradley_terry_loss
 
 
 class SupervisedFineTuning(LanguageModel):
@@ -71,7 +71,7 @@ class RewardModeling(LanguageModel):
     def train_loss(self, *batch: Any) -> Tensor:
         pairs = PairBatch(*batch)
         chosen, rejected = self.rewards(self.net, pairs)
-        self.step_metrics = {"accuracy": (chosen > rejected).float().mean()}
+        self.step_metrics = {"accuracy": accuracy((chosen - rejected).detach())}
         return mean_over_devices(self, bradley_terry_loss(chosen, rejected), pairs.total)
 
     def metrics_of_step(self, loss: Tensor, batch: Any) -> dict[str, Tensor]:
@@ -85,9 +85,9 @@ class RewardModeling(LanguageModel):
         if not len(pairs.numbers):
             return
         chosen, rejected = self.rewards(self.eval_net, pairs)
-        loss, right = bradley_terry_loss(chosen, rejected), (chosen > rejected).float()
+        loss = bradley_terry_loss(chosen, rejected)
         metrics["loss"].update(loss.mean(), len(loss))
-        metrics["accuracy"].update((right + 0.5 * (chosen == rejected)).mean(), len(right))
+        metrics["accuracy"].update(accuracy(chosen - rejected), len(loss))
         # a pair in both orders: the second event is that the other completion was chosen
         p = (chosen - rejected).sigmoid()
         metrics["calibration_error"].update(torch.cat((p, 1 - p)), torch.cat((torch.ones_like(p), torch.zeros_like(p))))

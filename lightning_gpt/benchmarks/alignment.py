@@ -53,7 +53,7 @@ class Size(NamedTuple):
 
 SIZES = {
     "cpu": Size(100, 1500, 80, 60, 60, 16, 4, 100, 128),
-    "cuda": Size(600, 20_000, 1000, 300, 100, 64, 32, NEW_TOKENS, 512),
+    "cuda": Size(300, 15_000, 800, 250, 60, 64, 32, NEW_TOKENS, 512),
 }
 
 
@@ -92,12 +92,12 @@ def best_of(net: GPT, tokenizer: Tokenizer, texts: int, seed: int) -> tuple[floa
     """The mean gold reward of the best of BEST_OF texts, and one of them."""
     text = TINY_SHAKESPEARE.read_text(encoding="utf-8")
     unseen = headings(text)[-(len(headings(text)) // 10) :]
-    best: list[tuple[float, str]] = []
-    for i in range(texts // BEST_OF):
-        prompts = [unseen[i % len(unseen)]] * BEST_OF
-        *_, found = complete(net, tokenizer, prompts, NEW_TOKENS, temperature=1.0, seed=derive_seed(seed, i))
-        rewards = verse(prompts, [one.text for one in found])
-        best.append(max(zip(rewards, (one.prompt + one.text for one in found), strict=True)))
+    prompts = [unseen[i // BEST_OF % len(unseen)] for i in range(texts // BEST_OF * BEST_OF)]
+    *_, found = complete(net, tokenizer, prompts, NEW_TOKENS, temperature=1.0, seed=seed)
+    scored = list(
+        zip(verse(prompts, [one.text for one in found]), (one.prompt + one.text for one in found), strict=True)
+    )
+    best = [max(scored[start : start + BEST_OF]) for start in range(0, len(scored), BEST_OF)]
     return sum(reward for reward, _ in best) / len(best), best[0][1]
 
 
