@@ -498,7 +498,7 @@ def test_a_line_that_ends_the_prompt_is_not_the_completions():
 def as_gpt2(net, hf):
     """The net in Hugging Face's implementation; Conv1D stores weights transposed."""
     sizes = dict(vocab_size=V, n_positions=T, n_embd=16, n_layer=3, n_head=2, bos_token_id=0, eos_token_id=0)
-    theirs = hf.GPT2LMHeadModel(hf.GPT2Config(**sizes, activation_function="gelu", resid_pdrop=0, attn_pdrop=0))
+    theirs = hf.GPT2LMHeadModel(hf.GPT2Config(**sizes, activation_function="gelu", tie_word_embeddings=False))
     weights = {
         name if name.startswith("lm_head") else f"transformer.{name}": w.T if "c_" in name and w.dim() == 2 else w
         for name, w in net.state_dict().items()
@@ -522,7 +522,6 @@ def test_the_loss_of_pairs_is_that_of_trl(net, loss, tmp_path):
         beta=0.3,
         use_cpu=True,
         bf16=False,
-        gradient_checkpointing=False,
         report_to=[],
     )
     data = datasets.Dataset.from_list([{"prompt": "ab", "chosen": "c", "rejected": "d"}])  # not used
@@ -537,4 +536,4 @@ def test_the_loss_of_pairs_is_that_of_trl(net, loss, tmp_path):
     )
     margin = log_ratio(net, batch) - log_ratio(start, batch)
     assert (margin.abs() > 0.1).any()
-    close(dpo_loss(margin, 0.3, ipo=loss == "ipo").mean(), theirs.item(), atol=1e-5)
+    close(dpo_loss(margin, 0.3, ipo=loss == "ipo").mean(), theirs.item(), atol=2e-6)  # theirs is in float32
