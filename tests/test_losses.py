@@ -341,11 +341,12 @@ def test_a_rollout_depends_on_its_own_prompt_and_seed_alone(any_net, stop):
 @torch.no_grad()
 def test_rollouts_are_drawn_from_the_policy_at_temperature_1(net):
     prompt, count = LETTERS.encode("abc"), 2000
+    net.lm_head.weight.mul_(3)
     expected = net(prompt[None])[0, -1].softmax(0)
     (ids, *_), _ = roll_out(net, LETTERS, ["abc"] * count, range(count), 1)
     observed = ids[:, 3].bincount(minlength=V)
     deviation = (observed - count * expected) / (count * expected * (1 - expected)).sqrt()
-    assert expected.max() < 0.6 and (deviation.abs() < 4).all()
+    assert expected.max() < 0.9 and (deviation.abs() < 4).all()
 
 
 def test_a_prompt_must_leave_room_for_the_new_tokens(net):
