@@ -10,7 +10,6 @@ from torch import Tensor
 from ..data.tokenizers import Tokenizer
 from ..inference.text import complete, in_precision
 from ..model.gpt import GPT
-from .examples import pad
 
 
 class Rollouts(NamedTuple):
@@ -56,13 +55,15 @@ def roll_out(
         *_, texts = complete(
             net, tokenizer, prompts, max_new_tokens, temperature=1.0, seed=seeds, stop=stop, logprobs=True
         )
-    T = longest + max_new_tokens
-    rows = [torch.cat((ids, torch.tensor(text.tokens))) for ids, text in zip(encoded, texts, strict=True)]
-    masks = [torch.arange(len(row)) >= len(ids) for row, ids in zip(rows, encoded, strict=True)]
+    T, starts = longest + max_new_tokens, torch.tensor([len(ids) for ids in encoded])
+    ends = starts + torch.tensor([len(text.tokens) for text in texts])
+    rows = [
+        (ids.tolist() + text.tokens, [0.0] * len(ids) + text.logprobs) for ids, text in zip(encoded, texts, strict=True)
+    ]  # as lists, because a tensor for each row takes as long as generating it
     dtype = torch.float64 if next(net.parameters()).dtype == torch.float64 else torch.float32
-    logprobs = [
-        torch.cat((torch.zeros(len(ids), dtype=dtype), torch.tensor(text.logprobs, dtype=dtype)))
-        for ids, text in zip(encoded, texts, strict=True)
-    ]
-    rollouts = Rollouts(pad(rows, T), pad(masks, T, False), pad(logprobs, T))
+    ids = torch.tensor([row + [0] * (T - len(row)) for row, _ in rows])
+    logprobs = torch.tensor([row + [0.0] * (T - len(row)) for _, row in rows], dtype=dtype)
+    position = torch.arange(T)
+    completion = (starts[:, None] <= position) & (position < ends[:, None])
+    rollouts = Rollouts(ids, completion, logprobs)
     return Rollouts(*(part.to(device) for part in rollouts)), [text.text for text in texts]
