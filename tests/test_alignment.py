@@ -16,6 +16,13 @@ from lightning_gpt.cli.main import main
 CPU = ["--trainer.accelerator=cpu", "--trainer.devices=1"]
 NEW = 6  # tokens of a generated text; the tiny net has a context of 16
 WORDS = "cat mat sat who for quiz long years jumbo the on a".split()
+
+
+def slow(*values):
+    """Values of a parametrized test that is slow."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 REWARDS = """
 def share(prompts, completions):
     return [text.count("a") / 6 for text in completions]
@@ -138,10 +145,10 @@ CONSTANT = "--model.min_lr_ratio=1"  # with a falling learning rate, the last st
     [
         ("reward", 3, []),
         ("dpo", 3, []),
-        pytest.param("dpo", 2, ["--model.pretraining_coef=0", "--model.loss=ipo"], marks=pytest.mark.slow),
-        pytest.param("grpo", 3, [], marks=pytest.mark.slow),
+        slow("dpo", 2, ["--model.pretraining_coef=0", "--model.loss=ipo"]),
+        slow("grpo", 3, []),
         ("grpo", 3, ["--model.updates=2", "--model.ema_decay=0.9"]),  # in the middle of a batch of rollouts
-        ("grpo", 2, ["--model.updates=2"]),  # between two batches of rollouts
+        slow("grpo", 2, ["--model.updates=2"]),  # between two batches of rollouts
     ],
 )
 def test_a_resumed_stage_ends_with_the_weights_of_an_unbroken_run(stage, tmp_path, name, stop_at, settings):
@@ -167,7 +174,7 @@ def test_validate_prints_the_loss_of_a_stages_checkpoint(stage, tmp_path, capsys
     "name, settings",
     [
         ("dpo", []),
-        ("reward", ["--model.dropout=0"]),
+        slow("reward", ["--model.dropout=0"]),
         ("grpo", ["--model.updates=2"]),
     ],
 )
@@ -259,20 +266,20 @@ def test_a_reward_model_scores_pairs_and_is_a_reward_of_grpo(reward_model, stage
 PAIR = {"prompt": "the ", "chosen": "cat", "rejected": "mat"}
 
 
-@pytest.mark.parametrize("name", ["reward", pytest.param("dpo", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["reward", slow("dpo")])
 @pytest.mark.parametrize(
     "line, message",
     [
         ({"prompt": "the ", "chosen": "cat"}, "has no 'rejected', only 'prompt', 'chosen'"),
-        ({"Prompt": "the ", "chosen": "cat", "rejected": "mat"}, "has no 'prompt', only 'Prompt', 'chosen'"),
+        slow({"Prompt": "the ", "chosen": "cat", "rejected": "mat"}, "has no 'prompt', only 'Prompt', 'chosen'"),
         (PAIR | {"chosen": ""}, "has an empty chosen"),
-        (PAIR | {"rejected": ""}, "has an empty rejected"),
+        slow(PAIR | {"rejected": ""}, "has an empty rejected"),
         (PAIR | {"chosen": "mat"}, "chosen and rejected are the same text"),
-        (PAIR | {"chosen": ["cat"]}, "'chosen' is a list, not a text"),
+        slow(PAIR | {"chosen": ["cat"]}, "'chosen' is a list, not a text"),
         (PAIR | {"rejected": "long years on a"}, "has 19 tokens, more than block_size = 16"),
         (PAIR | {"chosen": "c{t"}, "'{'"),
         ('{"prompt": "the ", "chosen":', "is not JSON"),
-        ("[]", "is a list, not an object"),
+        slow("[]", "is a list, not an object"),
     ],
 )
 def test_a_bad_pair_is_named_with_file_and_line(arguments, refused, tmp_path, name, line, message):
@@ -286,11 +293,11 @@ def test_a_bad_pair_is_named_with_file_and_line(arguments, refused, tmp_path, na
     "lines, message",
     [
         ([{"prompt": "the "}, {"text": "the "}], "line 2 of {} has no 'prompt', only 'text'"),
-        ([{"prompt": "the "}, {"prompt": ""}], "line 2 of {} has an empty prompt"),
-        ([{"prompt": "the "}, {"prompt": "t{e"}], "line 2 of {}: "),
+        slow([{"prompt": "the "}, {"prompt": ""}], "line 2 of {} has an empty prompt"),
+        slow([{"prompt": "the "}, {"prompt": "t{e"}], "line 2 of {}: "),
         ([{"prompt": "the "}, {"prompt": "a" * 16}], "line 2 of {} has 1"),
         ([], "{} has no prompts"),
-        ([{"prompt": "the "}] * 9, "there are 1 prompts, too few"),
+        slow([{"prompt": "the "}] * 9, "there are 1 prompts, too few"),
         ([{"prompt": "the "}] * 3 + [{"prompt": f"on a {x}mat"} for x in "abc"], "take 7 new tokens or less"),
     ],
 )
@@ -343,23 +350,29 @@ BAD_REWARDS = {
 
 
 @pytest.mark.parametrize("function", BAD_REWARDS)
-def test_a_bad_reward_function_is_named_and_what_was_saved_before_stays(mid_batch, refused, files, tmp_path, function):
+def test_a_bad_reward_function_is_named_and_what_was_trained_before_stays(
+    mid_batch, refused, files, tmp_path, function
+):
     shutil.copytree(mid_batch.parents[3], root := tmp_path / "runs")
     before = (path := last(root)).read_bytes()
     name = f"{files / 'rewards.py'}:{function}"
     error = refused("grpo", f"--ckpt_path={path}", f"--model.reward={name}", *steps(root, 4))
     assert f"the reward {'function ' * (function == 'nothing')}{name}" in error and BAD_REWARDS[function] in error
-    assert path.read_bytes() == before and read_checkpoint(path)["global_step"] == 1
+    if function in ("nothing", "number"):  # found before the first step
+        assert path.read_bytes() == before
+    else:
+        assert read_checkpoint(path)["global_step"] == 2  # the second batch of rollouts had the bad rewards
+        assert f"The last good checkpoint is {os.path.relpath(path)}, of step 2" in error
 
 
 @pytest.mark.parametrize(
     "content, message",
     [
         (None, "No such file"),
-        ("def share(:", "invalid syntax"),
-        ("import nothing_like_this", "No module named"),
+        slow("def share(:", "invalid syntax"),
+        slow("import nothing_like_this", "No module named"),
         ("1 / 0", "division by zero"),
-        ("raise SystemExit(7)", "7"),
+        slow("raise SystemExit(7)", "7"),
     ],
 )
 def test_a_file_without_a_reward_is_named(arguments, refused, tmp_path, content, message):
@@ -368,6 +381,20 @@ def test_a_file_without_a_reward_is_named(arguments, refused, tmp_path, content,
     name = f"{tmp_path / 'broken.py'}:share"
     error = refused(*arguments("grpo"), f"--model.reward={name}", *steps(tmp_path))
     assert f"the reward function {name} can't be loaded" in error and message in error
+
+
+@pytest.mark.slow
+def test_a_run_whose_reward_failed_goes_on_with_a_good_one_as_if_it_had_not(mid_batch, stage, files, tmp_path):
+    for name in "a", "b":
+        shutil.copytree(mid_batch.parents[3], tmp_path / name)
+    with pytest.raises(SystemExit):
+        stage(
+            "grpo", tmp_path / "b", 5, f"--ckpt_path={last(tmp_path / 'b')}", f"--model.reward={files}/rewards.py:nan"
+        )
+    for name in "a", "b":
+        good = f"--model.reward={files}/rewards.py:share"
+        stage("grpo", tmp_path / name, 5, f"--ckpt_path={last(tmp_path / name)}", good)
+    assert_equal_weights(last(tmp_path / "a"), last(tmp_path / "b"))
 
 
 # --- equal rewards ----------------------------------------------------------------------------------------------------
@@ -508,7 +535,7 @@ def test_reward_yaml_stops_a_run_that_no_longer_gets_better(stage, files, tmp_pa
 # --- hostile checkpoints ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("found", [["grpo"], "poetry"])
+@pytest.mark.parametrize("found", [["grpo"], slow("poetry")])
 def test_a_checkpoint_of_no_stage_is_refused(ckpt, tmp_path, refused, found):
     write_checkpoint(read_checkpoint(ckpt) | {"stage": found}, path := tmp_path / "x.ckpt")
     for line in ("generate",), ("validate", *CPU), ("grpo", *CPU):
@@ -542,11 +569,7 @@ DAMAGE = {
 
 @pytest.mark.parametrize(
     "key, number",
-    [
-        pytest.param(key, i, marks=[pytest.mark.slow] * (i > 1))
-        for key, changes in DAMAGE.items()
-        for i in range(len(changes))
-    ],
+    [slow(key, i) if i else (key, i) for key, changes in DAMAGE.items() for i in range(len(changes))],
 )
 def test_damaged_rollouts_are_refused(mid_batch, tmp_path, refused, key, number):
     checkpoint = read_checkpoint(mid_batch)
@@ -556,14 +579,14 @@ def test_damaged_rollouts_are_refused(mid_batch, tmp_path, refused, key, number)
     assert "the checkpoint's rollouts are damaged: start from its weights" in error
 
 
-@pytest.mark.parametrize("rollouts", [[], {}])
+@pytest.mark.parametrize("rollouts", [[], slow({})])
 def test_rollouts_that_are_none_are_refused(mid_batch, tmp_path, refused, rollouts):
     write_checkpoint(read_checkpoint(mid_batch) | {"rollouts": rollouts}, path := tmp_path / "x.ckpt")
     error = refused("grpo", f"--ckpt_path={path}", *steps(tmp_path, 3))
     assert "the checkpoint's rollouts are damaged: start from its weights" in error
 
 
-@pytest.mark.parametrize("rows", [1, 63])
+@pytest.mark.parametrize("rows", [1, slow(63)])
 def test_rollouts_that_the_steps_of_a_batch_can_not_share_are_refused(mid_batch, tmp_path, refused, rows):
     checkpoint = read_checkpoint(mid_batch)
     saved = checkpoint["rollouts"]
