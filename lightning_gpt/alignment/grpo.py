@@ -176,17 +176,32 @@ class GRPO(Policy):
         super().on_train_start()
         if (saved := self.saved_rollouts) is not None:
             try:
-                self.rollout_metrics = {name: value.to(self.device) for name, value in saved["metrics"].items()}
-                self.batch_of_rollouts = Batch(*(saved[name].to(self.device) for name in Batch._fields))
-                check_batch(self.batch_of_rollouts, self.data.vocab_size)
+                metrics, batch = saved["metrics"], Batch(*(saved[name] for name in Batch._fields))
+                parts = self.hparams.updates * self.trainer.world_size
+                valid = metrics_are_valid(metrics) and batch_is_valid(
+                    batch, parts, self.hparams.block_size, self.data.vocab_size
+                )
             except (KeyError, TypeError, AttributeError):
-                raise ValueError("the checkpoint's rollouts are damaged: start from its weights") from None
+                valid = False
+            if not valid:
+                raise ValueError("the checkpoint's rollouts are damaged: start from its weights")
+            self.rollout_metrics = {name: value.to(self.device) for name, value in metrics.items()}
+            self.batch_of_rollouts = Batch(*(part.to(self.device) for part in batch))
 
 
-def check_batch(batch: Batch, vocab_size: int) -> None:
-    """Raises ValueError unless the tensors of a batch from a checkpoint fit together."""
-    shape = batch.ids.shape
-    same = batch.completion.shape == batch.logprobs.shape == shape and batch.advantages.shape == shape[:1]
-    types = batch.ids.dtype == torch.int64 and batch.completion.dtype == torch.bool
-    if not same or not types or len(shape) != 2 or not 0 <= int(batch.ids.min()) <= int(batch.ids.max()) < vocab_size:
-        raise ValueError("the checkpoint's rollouts are damaged: start from its weights")
+def metrics_are_valid(metrics: dict[str, Tensor]) -> bool:
+    """Whether the metrics of rollouts from a checkpoint are numbers with the names that `new_batch` gives."""
+    return metrics.keys() <= {"reward", "gold_reward", "known_words", "length", "equal_groups"} and all(
+        isinstance(value, Tensor) and value.is_floating_point() and not value.dim() for value in metrics.values()
+    )
+
+
+def batch_is_valid(batch: Batch, parts: int, block_size: int, vocab_size: int) -> bool:
+    """Whether the tensors of a batch from a checkpoint fit together and can be shared by so many parts."""
+    ids, completion, logprobs, advantages = batch
+    shapes = completion.shape == logprobs.shape == ids.shape and advantages.shape == ids.shape[:1] and ids.dim() == 2
+    types = ids.dtype == torch.int64 and completion.dtype == torch.bool
+    numbers = all(part.is_floating_point() and part.isfinite().all() for part in (logprobs, advantages))
+    if not (shapes and types and numbers and len(ids) and len(ids) % parts == 0 and 2 <= ids.size(1) <= block_size):
+        return False
+    return bool(0 <= ids.min() <= ids.max() < vocab_size and completion[:, 1:].any(1).all())

@@ -73,8 +73,8 @@ def load_function(name: str) -> Reward:
         else:
             module = importlib.import_module(source)
         found = getattr(module, function)
-    except (ImportError, OSError, SyntaxError, AttributeError) as error:
-        raise ValueError(f"the reward function {name} can't be loaded: {error}") from None
+    except (Exception, SystemExit) as error:  # the file is the user's
+        raise ValueError(f"the reward function {name} can't be loaded: {type(error).__name__}: {error}") from error
     if not callable(found):
         raise ValueError(f"the reward {name} is a {type(found).__name__}, not a function")
     return found
