@@ -102,16 +102,20 @@ def test_the_curve_ends_where_few_samples_carry_the_weight(rewards):
     assert (np.diff(found.kl) >= 0).all() and (np.diff(found.reward) >= 0).all()
 
 
-def test_the_error_and_the_bias_are_those_of_many_repetitions():
-    """Rewards with a standard normal distribution, where the reward at a KL divergence of k is sqrt(2 k)."""
-    generator, k, found, errors, biases = np.random.default_rng(2), 0.5, [], [], []
+def test_the_error_is_the_deviation_over_many_repetitions():
+    generator, k, found, errors = np.random.default_rng(2), 0.5, [], []
     for _ in range(400):
         optimum = find_optimum(generator.normal(size=(8, 64)), np.geomspace(1e3, 0.1, 200))
         found.append(optimum.at(np.array(k)))
         errors.append(np.interp(k, optimum.kl, optimum.error))
-        biases.append(np.interp(k, optimum.kl, optimum.bias))
     assert np.mean(errors) == pytest.approx(np.std(found), rel=0.15)
-    assert np.mean(biases) == pytest.approx(math.sqrt(2 * k) - np.mean(found), rel=0.4)
+
+
+def test_the_bias_is_how_much_too_low_the_optimum_is_on_average():
+    """Of standard normal rewards, the maximum of reward - beta * KL is 1 / (2 beta)."""
+    beta, rewards = 2.0, np.random.default_rng(3).normal(size=(100_000, 64))
+    found = find_optimum(rewards, np.array([beta]))
+    assert found.bias == pytest.approx(1 / (2 * beta) - (found.reward - beta * found.kl), rel=0.3)
 
 
 # --- runs -------------------------------------------------------------------------------------------------------------

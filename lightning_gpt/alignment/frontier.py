@@ -81,7 +81,8 @@ def find_optimum(rewards: np.ndarray, betas: np.ndarray) -> Optimum:
     normalised over each group, so reward = sum w r and KL = sum w ln(w M), which can't exceed ln M. Maximum minus
     beta * KL is beta * ln(mean exp(r / beta)). Its standard error over prompts is that of the reward at a fixed KL
     divergence, since the optimal beta there changes it in second order only. It is too low, by beta / 2 times the
-    relative variance of the mean of exp(r / beta), to first order (Jensen's inequality).
+    relative variance of the mean of exp(r / beta), to first order (Jensen's inequality). With normal rewards the bias is
+    that up to half of the largest KL divergence, and twice as much at the end of the curve.
 
     Args:
         betas: decreasing; the curve ends where the weights of a group are worth fewer than LEAST_SAMPLES equal ones.
@@ -205,9 +206,11 @@ def compare(series: list[Series], optimum: Optimum) -> str:
 # --- the picture ------------------------------------------------------------------------------------------------------
 
 
-def draw_series(ax, series: list[Series], values: list[np.ndarray], suffix: str = "", **style) -> None:
-    """Means and standard deviations over versions."""
+def draw_series(ax, series: list[Series], values: list[np.ndarray | None], suffix: str = "", **style) -> None:
+    """Means and standard deviations over versions of the values that there are; a series keeps its color."""
     for i, (one, value) in enumerate(zip(series, values, strict=True)):
+        if value is None:
+            continue
         means = one.kl.mean(1), value.mean(1)
         deviations = [x.std(1, ddof=1) for x in (value, one.kl)] if one.kl.shape[1] > 1 else [None, None]
         marker, label = MARKERS[i % len(MARKERS)], one.label + suffix
@@ -233,17 +236,14 @@ def draw(series: list[Series], rewards: np.ndarray, optimum: Optimum, reward: st
 
     from ..analysis.figures import DPI, LITERAL
 
-    gold = [one for one in series if one.proxy is not None]
-    figure = Figure(figsize=(13 if gold else 7, 4.8), dpi=DPI, layout="constrained")
-    left, *others = figure.subplots(1, 2 if gold else 1, squeeze=False)[0]
+    gold = [None if one.proxy is None else one.reward for one in series]
+    panels = 1 if all(value is None for value in gold) else 2
+    figure = Figure(figsize=(6.5 * panels, 4.8), dpi=DPI, layout="constrained")
+    left, *others = figure.subplots(1, panels, squeeze=False)[0]
     P, M = rewards.shape
     left.plot(optimum.kl, optimum.reward, color="black", label="optimum, ± 1 standard error")
     band = (optimum.reward + sign * optimum.error for sign in (-1, 1))
     left.fill_between(optimum.kl, *band, color="black", alpha=0.15, linewidth=0)
-    furthest = max(one.kl.max() for one in series) if series else 0
-    if furthest > optimum.kl[-1]:
-        beyond = np.linspace(optimum.kl[-1], furthest, 50)
-        left.plot(beyond, optimum.at(beyond), ":", color="black", label="upper bound of the optimum")
     ns = [2**i for i in range(M.bit_length())]
     best = np.stack([expected_maximum(rewards, n) for n in ns])  # (n, P)
     errors = best.std(1, ddof=1) / math.sqrt(P)
@@ -253,13 +253,19 @@ def draw(series: list[Series], rewards: np.ndarray, optimum: Optimum, reward: st
     for n, x, y in zip(ns, kls, best.mean(1), strict=True):
         left.annotate(str(n), (x, y), (3, -9), textcoords="offset points", fontsize=7, color="gray")
     draw_series(left, series, [one.reward for one in series])
+    furthest = max(one.kl.max() for one in series) if series else 0
+    top = left.get_ylim()[1]  # the bound may be far above it
+    if furthest > optimum.kl[-1]:
+        beyond = np.linspace(optimum.kl[-1], furthest, 50)
+        left.plot(beyond, optimum.at(beyond), ":", color="black", label="upper bound of the optimum")
+    left.set_ylim(top=top)
     left.set_ylabel(f"reward: {reward}", **LITERAL)
     left.spines[["top", "right"]].set_visible(False)
     finish_axes(left, "Reward over KL divergence", left.get_legend_handles_labels()[0])
     for ax in others:
         proxies = ax.twinx()
-        draw_series(ax, gold, [one.reward for one in gold], ": gold")
-        draw_series(proxies, gold, [one.proxy for one in gold if one.proxy is not None], ": proxy", linestyle="--")
+        draw_series(ax, series, gold, ": gold")
+        draw_series(proxies, series, [one.proxy for one in series], ": proxy", linestyle="--")
         ax.set_ylabel(f"gold reward: {reward} (solid)", **LITERAL)
         proxies.set_ylabel("proxy reward (dashed)")
         handles = ax.get_legend_handles_labels()[0] + proxies.get_legend_handles_labels()[0]
@@ -313,8 +319,6 @@ def frontier(
         raise ValueError(f"group_size={group_size} must be at least {2 * LEAST_SAMPLES}; 64 is usual")
     if texts < 2 * group_size:
         raise ValueError(f"texts={texts} must be at least {2 * group_size}, group_size={group_size} for two prompts")
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens={max_new_tokens} must be at least 1")
     series = read_series(runs or [str(find_checkpoint("last").parents[1])], reward)
     net, tokenizer = load(ckpt_path, device)
     if not isinstance(net, GPT):
