@@ -12,6 +12,7 @@ from lightning_gpt.alignment.frontier import (
     Series,
     best_of_n_kl,
     compare,
+    draw,
     expected_maximum,
     find_optimum,
     read_series,
@@ -169,6 +170,21 @@ def test_only_what_is_clearly_above_the_optimum_is_called_so(rewards):
     apart = row(np.array([over - 1, over + 1]))
     assert "above" not in apart and apart.startswith("a, 2 seeds")
     assert "at most" not in row(np.zeros(1)) and "at most" in row(np.zeros(1), kl=50)
+
+
+def test_the_right_picture_has_the_runs_with_a_gold_reward_in_the_colors_of_the_left(rewards):
+    optimum = find_optimum(rewards, np.geomspace(1e4, 1e-2, 400))
+    kl = np.array([[1.0, 1.2], [8, 9]])
+    series = [Series("a", kl, kl / 9, None), Series("_b$", kl, kl / 10, 5 * kl)]
+    left, right, proxies = draw(series, rewards, optimum, "verse").axes
+    lines = {bar.get_label(): bar.lines[0] for ax in (left, right, proxies) for bar in ax.containers}
+    runs = {label: line for label, line in lines.items() if "seeds" in label}
+    assert list(runs) == [" a, 2 seeds", " _b$, 2 seeds", " _b$, 2 seeds: gold", " _b$, 2 seeds: proxy"]
+    assert [line.get_color() for line in runs.values()] == ["C0", "C1", "C1", "C1"]
+    assert runs[" _b$, 2 seeds: proxy"].get_xydata() == pytest.approx(np.array([[1.1, 5.5], [8.5, 42.5]]))
+    best = next(line for label, line in lines.items() if "best of n" in label)
+    assert best.get_ydata()[[0, -1]] == pytest.approx([rewards.mean(), rewards.max(1).mean()])
+    assert len(draw(series[:1], rewards, optimum, "verse").axes) == 1
 
 
 # --- the command ------------------------------------------------------------------------------------------------------

@@ -81,8 +81,8 @@ def find_optimum(rewards: np.ndarray, betas: np.ndarray) -> Optimum:
     normalised over each group, so reward = sum w r and KL = sum w ln(w M), which can't exceed ln M. Maximum minus
     beta * KL is beta * ln(mean exp(r / beta)). Its standard error over prompts is that of the reward at a fixed KL
     divergence, since the optimal beta there changes it in second order only. It is too low, by beta / 2 times the
-    relative variance of the mean of exp(r / beta), to first order (Jensen's inequality). With normal rewards the bias is
-    that up to half of the largest KL divergence, and twice as much at the end of the curve.
+    relative variance of the mean of exp(r / beta), to first order (Jensen's inequality). With normal rewards, the bias at
+    the end of the curve is twice that.
 
     Args:
         betas: decreasing; the curve ends where the weights of a group are worth fewer than LEAST_SAMPLES equal ones.
@@ -226,7 +226,8 @@ def finish_axes(ax, title: str, handles: list) -> None:
     ax.set_xlim(left=0)
     ax.set_xlabel("KL divergence from the start, nats per text (square-root axis)")
     ax.grid(alpha=0.25)
-    for text in ax.legend(handles=handles, fontsize=8, frameon=False).get_texts():
+    place = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.13), "ncols": 3}
+    for text in ax.legend(handles=handles, fontsize=8, frameon=False, **place).get_texts():
         text.set(**LITERAL)
 
 
@@ -238,7 +239,7 @@ def draw(series: list[Series], rewards: np.ndarray, optimum: Optimum, reward: st
 
     gold = [None if one.proxy is None else one.reward for one in series]
     panels = 1 if all(value is None for value in gold) else 2
-    figure = Figure(figsize=(6.5 * panels, 4.8), dpi=DPI, layout="constrained")
+    figure = Figure(figsize=(6.5 * panels, 5.2), dpi=DPI, layout="constrained")
     left, *others = figure.subplots(1, panels, squeeze=False)[0]
     P, M = rewards.shape
     left.plot(optimum.kl, optimum.reward, color="black", label="optimum, ± 1 standard error")
