@@ -81,8 +81,8 @@ def find_optimum(rewards: np.ndarray, betas: np.ndarray) -> Optimum:
     normalised over each group, so reward = sum w r and KL = sum w ln(w M), which can't exceed ln M. Maximum minus
     beta * KL is beta * ln(mean exp(r / beta)). Its standard error over prompts is that of the reward at a fixed KL
     divergence, since the optimal beta there changes it in second order only. It is too low, by beta / 2 times the
-    relative variance of the mean of exp(r / beta), to first order (Jensen's inequality). With normal rewards, the bias at
-    the end of the curve is twice that.
+    relative variance of the mean of exp(r / beta), to first order (Jensen's inequality). With normal rewards the bias
+    at the end of the curve is twice that.
 
     Args:
         betas: decreasing; the curve ends where the weights of a group are worth fewer than LEAST_SAMPLES equal ones.
