@@ -21,6 +21,7 @@ COMMANDS = {
     "export": "checkpoint.convert",
     "demonstrations": "alignment.verse",
     "preferences": "alignment.preferences",
+    "frontier": "alignment.frontier",
 }
 TRAINING = "fit", "sft", "reward", "dpo", "grpo", "validate", "test"
 HELP = """lightning-gpt COMMAND [options]; each COMMAND has its own --help.
@@ -41,7 +42,8 @@ HELP = """lightning-gpt COMMAND [options]; each COMMAND has its own --help.
   demonstrations
              write example prompts and completions for sft: verse or prose
   preferences
-             write pairs of a checkpoint's own texts, ordered by a reward"""
+             write pairs of a checkpoint's own texts, ordered by a reward
+  frontier   draw reward against KL of runs, beside best-of-n and the optimum"""
 
 
 def dispatch(args: list[str]) -> None:
