@@ -169,7 +169,7 @@ def test_only_what_is_clearly_above_the_optimum_is_called_so(rewards):
     assert row(np.array([over])).endswith("above the optimum")
     apart = row(np.array([over - 1, over + 1]))
     assert "above" not in apart and apart.startswith("a, 2 seeds")
-    assert "at most" not in row(np.zeros(1)) and "at most" in row(np.zeros(1), kl=50)
+    assert "beyond" not in row(np.zeros(1)) and "beyond" in row(np.zeros(1), kl=50)
 
 
 def test_the_right_picture_has_the_runs_with_a_gold_reward_in_the_colors_of_the_left(rewards):

@@ -185,18 +185,22 @@ def compare(series: list[Series], optimum: Optimum) -> str:
     """A table of the last validation of each series beside the optimum at its KL divergence.
 
     The standard error of the difference is that of the optimum, and with several versions theirs too. A difference of
-    more than twice that and the optimum's bias is marked.
+    more than twice that and the optimum's bias is marked. Beyond the KL that the texts drawn can tell about, there is
+    only an upper bound, which is drawn.
     """
     rows = [("series", "reward", "KL", "optimum", "difference", "")]
     for one in series:
         kl, reward = one.kl[-1], one.reward[-1]
-        difference, bound = reward - optimum.at(kl), kl.mean() > optimum.kl[-1]
+        values = one.label.strip(), f"{reward.mean():.3f}", f"{kl.mean():.2f}"
+        if kl.mean() > optimum.kl[-1]:
+            rows.append((*values, "beyond the texts drawn", "", ""))
+            continue
+        difference = reward - optimum.at(kl)
         error, bias = (float(np.interp(kl.mean(), optimum.kl, x)) for x in (optimum.error, optimum.bias))
         of_versions = difference.std(ddof=1) / math.sqrt(len(kl)) if len(kl) > 1 else 0.0
         total = math.hypot(error, of_versions)
         above = difference.mean() > 2 * total + bias
-        best = f"{'at most ' if bound else ''}{optimum.at(kl).mean():.3f} ± {error:.3f}"
-        columns = one.label.strip(), f"{reward.mean():.3f}", f"{kl.mean():.2f}", best
+        columns = *values, f"{optimum.at(kl).mean():.3f} ± {error:.3f}"
         rows.append((*columns, f"{difference.mean():+.3f} ± {total:.3f}", "above the optimum" if above else ""))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     align = "<>>>><"
