@@ -233,7 +233,7 @@ def hostile_checkpoint(checkpoint, tmp_path, monkeypatch):
 def test_no_setting_from_a_checkpoint_names_a_class_or_a_folder(hostile_checkpoint, key, value):
     checkpoint = hostile_checkpoint(lambda config: config | {"trainer": config["trainer"] | {key: value}})
     for command in "fit", "validate":
-        trainer = run_settings(checkpoint, command, TextDataModule)["trainer"]
+        trainer = run_settings(checkpoint, command, LanguageModel, TextDataModule)["trainer"]
         assert set(trainer) <= FROM_TRAINER and all(map(is_plain, trainer.values()))
     assert class_settings(Path("x.ckpt"), checkpoint, ".")[0] == {}
 
@@ -276,7 +276,7 @@ BOMB = "a: &a [1, 1]\n" + "".join(
 )
 def test_an_invalid_config_text_is_refused(hostile_checkpoint, fails, config, message):
     with pytest.raises(ValueError, match=re.escape(message)):
-        run_settings(hostile_checkpoint(config), "fit", TextDataModule)
+        run_settings(hostile_checkpoint(config), "fit", LanguageModel, TextDataModule)
     if config in (BOMB, "- a\n- b"):
         for command in "fit", "validate":
             assert message in fails(command, "--ckpt_path=x.ckpt")
@@ -287,9 +287,9 @@ def test_plain_trainer_settings_are_kept(hostile_checkpoint, monkeypatch):
     given = {"max_time": "00:12:00:00", "devices": [0, 1], "gradient_clip_val": math.inf, "precision": "bf16-mixed"}
     given |= {"deterministic": "warn", "limit_val_batches": 0.5, "val_check_interval": 3, "strategy": "fsdp2"}
     checkpoint = hostile_checkpoint(lambda config: config | {"trainer": given | {"num_nodes": 2, "max_steps": None}})
-    assert run_settings(checkpoint, "fit", TextDataModule)["trainer"] == given | {"max_steps": None}
+    assert run_settings(checkpoint, "fit", LanguageModel, TextDataModule)["trainer"] == given | {"max_steps": None}
     monkeypatch.setenv("SLURM_JOB_ID", "1")
-    assert run_settings(checkpoint, "fit", TextDataModule)["trainer"]["num_nodes"] == 2
+    assert run_settings(checkpoint, "fit", LanguageModel, TextDataModule)["trainer"]["num_nodes"] == 2
 
 
 def test_a_pipe_named_by_the_checkpoint_is_not_read(checkpoint, tmp_path, fails):
@@ -308,7 +308,7 @@ def test_token_files_with_another_vocabulary_size_are_refused(token_files):
 def test_an_unknown_setting_is_refused(checkpoint):
     checkpoint[MODEL]["callbacks"] = 3
     with pytest.raises(ValueError, match="unknown here: callbacks"):
-        run_settings(checkpoint, "fit", TextDataModule)
+        run_settings(checkpoint, "fit", LanguageModel, TextDataModule)
 
 
 STATE = "optimizer_states", 0
@@ -561,7 +561,7 @@ def try_to_load(path, parser, capsys):
         checkpoint = read_verified(path)
         tokenizer.decode(generate_ids(net, torch.zeros(1, 1, dtype=torch.int64), 2)[0])
         for command in "fit", "validate":
-            settings = run_settings(checkpoint, command, TextDataModule)
+            settings = run_settings(checkpoint, command, LanguageModel, TextDataModule)
             trainer = settings["trainer"]
             assert set(trainer) <= FROM_TRAINER and not any(names_classes(key, trainer[key]) for key in trainer)
             assert yaml.safe_load(to_quoted_yaml(settings)) == as_lists(settings)

@@ -108,7 +108,10 @@ def test_without_a_path_the_newest_best_checkpoint_is_taken(run, tmp_path, monke
     assert run_generate(capsys, "--prompt", "the", "--max_new_tokens", 3).startswith("the")
 
 
-@pytest.mark.parametrize("name", sorted(f"{p.relative_to(CONFIGS).with_suffix('')}" for p in CONFIGS.glob("**/*.yaml")))
+NAMES = {f"{path.relative_to(CONFIGS).with_suffix('')}" for path in CONFIGS.glob("**/*.yaml")}
+
+
+@pytest.mark.parametrize("name", sorted(NAMES - {"sft", "reward", "dpo", "grpo"}))  # these are of other commands
 def test_every_config_takes_a_step(name, tmp_path, token_files, text_file, ckpt, capsys):
     small = "--trainer.fast_dev_run=true --data.batch_size=2 --sample.length=5 --data.name_augmentation=0".split()
     small += "--trainer.accelerator=cpu --trainer.devices=1 --trainer.precision=32-true --model.compile=false".split()

@@ -65,8 +65,15 @@ def shorten(args):
         small = ["--trainer.max_steps=7", "--trainer.accelerator=cpu"] if fixed else SIZES
         small += ["--trainer.devices=1", "--trainer.num_nodes=1", "--trainer.limit_val_batches=2"]
         return [*args, *small, "--trainer.precision=32-true", "--model.compile=false", "--data.name_augmentation=0"]
-    if args[0] == "sft":
-        return [*args, "--trainer.max_steps=3", "--trainer.accelerator=cpu", "--trainer.limit_val_batches=2"]
+    if args[0] in ("sft", "reward", "dpo", "grpo"):
+        small = ["--trainer.max_steps=2", "--trainer.accelerator=cpu", "--trainer.devices=1", "--data.batch_size=4"]
+        if args[0] in ("dpo", "grpo"):
+            small += ["--data.val_texts=4", "--data.text_batch_size=2", "--model.max_new_tokens=50"]
+        return [*args, *small, *["--model.group_size=2"] * (args[0] == "grpo")]
+    if args[0] == "preferences":
+        return [*args, "--pairs=20", "--max_new_tokens=50", "--device=cpu"]
+    if args[0] == "frontier":
+        return [*args, "--texts=64", "--group_size=16", "--max_new_tokens=50", "--device=cpu"]
     return [*args, "--max_new_tokens=20"] if args[0] == "generate" else args
 
 
@@ -138,7 +145,7 @@ def folder(shakespeare_run, tmp_path, monkeypatch):
 @every_readme
 def test_the_commands_of_a_readme_run_in_their_order(readme, folder, shakespeare_run, monkeypatch):
     """Each line runs once, in the README where it stands first; what makes files runs in each."""
-    for name in set(re.findall(r"checkpoints/(\w+)/version_0", TEXT[readme])) - {"laptop"}:
+    for name in set(re.findall(r"checkpoints/(\w+)/version_0", TEXT[readme])) - {"laptop", "reward", "dpo", "grpo"}:
         shutil.copytree(shakespeare_run[0], folder / "checkpoints" / name / "version_0")
     for line in command_lines(readme):
         commands = split_commands(line)

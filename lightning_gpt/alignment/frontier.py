@@ -259,11 +259,11 @@ def draw(series: list[Series], rewards: np.ndarray, optimum: Optimum, reward: st
         left.annotate(str(n), (x, y), (3, -9), textcoords="offset points", fontsize=7, color="gray")
     draw_series(left, series, [one.reward for one in series])
     furthest = max(one.kl.max() for one in series) if series else 0
-    top = left.get_ylim()[1]  # the bound may be far above it
+    limits = left.get_ylim()  # the bound may be far above them
     if furthest > optimum.kl[-1]:
         beyond = np.linspace(optimum.kl[-1], furthest, 50)
         left.plot(beyond, optimum.at(beyond), ":", color="black", label="upper bound of the optimum")
-    left.set_ylim(top=top)
+    left.set_ylim(limits)
     left.set_ylabel(f"reward: {reward}", **LITERAL)
     left.spines[["top", "right"]].set_visible(False)
     finish_axes(left, "Reward over KL divergence", left.get_legend_handles_labels()[0])

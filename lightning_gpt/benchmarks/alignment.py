@@ -182,7 +182,7 @@ def print_table(rows: list[Row], folder: Path) -> None:
             for value, digits in ((row.gold, 3), (row.val_loss, 4), (row.kl, 1))
         )
         print(f"{row.stage:<26} {gold:>6} {loss:>9} {kl:>7} {row.seconds:>8.0f}  {row.note}".rstrip())
-    (folder / "table.json").write_text(json.dumps([row._asdict() for row in rows], indent=1))
+    (folder / "table.json").write_text(json.dumps([row._asdict() for row in rows], indent=1), encoding="utf-8")
     print(f"\n{sum(row.seconds for row in rows):.0f} s; the runs are in {folder}")
 
 
