@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..data.corpus import TINY_SHAKESPEARE
 from ..data.tokenizers import Tokenizer
 from ..data.windows import derive_seed
 
@@ -215,6 +216,14 @@ def read_completions(path: Path) -> list[tuple[str, ...]]:
 def headings(text: str) -> list[str]:
     """The distinct lines of a play that name who speaks, each with its newline: prompts to continue."""
     return list(dict.fromkeys(HEADING.findall(f"\n\n{text}")))
+
+
+def prompts_or_headings(path: str | None, tokenizer: Tokenizer, max_length: int) -> list[str]:
+    """The prompts of a file, see `read_prompts`; without one, the headings of Tiny Shakespeare's first 90%."""
+    if path is not None:
+        return read_prompts(Path(path), tokenizer, max_length)
+    text = TINY_SHAKESPEARE.read_text(encoding="utf-8")
+    return headings(text[: int(0.9 * len(text))])
 
 
 def pad(rows: Sequence[Tensor], T: int, value: int | bool = 0) -> Tensor:

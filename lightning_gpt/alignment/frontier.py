@@ -14,13 +14,12 @@ import numpy as np
 
 from ..analysis.report import Run, find_run, read_run
 from ..checkpoint.io import atomic_write, find_checkpoint
-from ..data.corpus import TINY_SHAKESPEARE
 from ..data.tokenizers import Tokenizer
 from ..data.windows import derive_seed
 from ..errors import print_info
 from ..inference.text import load
 from ..model.gpt import GPT
-from .examples import headings, read_prompts
+from .examples import prompts_or_headings
 from .preferences import TEXTS
 from .rewards import Reward, find_reward
 from .rollouts import roll_out
@@ -328,11 +327,7 @@ def frontier(
     net, tokenizer = load(ckpt_path, device)
     if not isinstance(net, GPT):
         raise ValueError(f"{ckpt_path} is a step of the lecture: dpo and grpo start from a GPT")
-    if prompts is None:
-        text = TINY_SHAKESPEARE.read_text(encoding="utf-8")
-        found = headings(text[: int(0.9 * len(text))])
-    else:
-        found = read_prompts(Path(prompts), tokenizer, net.config.block_size - max_new_tokens)
+    found = prompts_or_headings(prompts, tokenizer, net.config.block_size - max_new_tokens)
     scorer = find_reward(reward, next(net.parameters()).device)
     stops = [] if stop is None else [stop]
     groups = texts // group_size

@@ -7,13 +7,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..checkpoint.io import atomic_write
-from ..data.corpus import TINY_SHAKESPEARE
 from ..data.tokenizers import Tokenizer
 from ..data.windows import derive_seed
 from ..errors import print_info
 from ..inference.text import load
 from ..model.gpt import GPT
-from .examples import headings, read_prompts
+from .examples import prompts_or_headings
 from .rewards import Reward, find_reward
 from .rollouts import roll_out
 
@@ -129,11 +128,7 @@ def preferences(
     net, tokenizer = load(ckpt_path, device)
     if not isinstance(net, GPT):
         raise ValueError(f"{ckpt_path} is a step of the lecture: preferences are made with a GPT")
-    if prompts is None:
-        text = TINY_SHAKESPEARE.read_text(encoding="utf-8")
-        found = headings(text[: int(0.9 * len(text))])
-    else:
-        found = read_prompts(Path(prompts), tokenizer, net.config.block_size - max_new_tokens)
+    found = prompts_or_headings(prompts, tokenizer, net.config.block_size - max_new_tokens)
     scorer = find_reward(reward, next(net.parameters()).device)
     records = sample_pairs(
         net,
