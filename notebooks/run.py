@@ -1,12 +1,16 @@
-"""Runs lets_build_gpt.ipynb and stores its outputs in it, which GitHub shows: python notebooks/run.py
+"""Runs lets_build_gpt.ipynb and stores its outputs in it, which GitHub shows. Needs the extra `dev`.
 
-This takes about ten minutes. It has to be done after every change of the code in the notebook; tests/test_notebook.py
-compares the stored outputs with the code. Needs the extra `dev`.
+    python notebooks/run.py          all cells, about ten minutes: after each change of the notebook's code
+    python notebooks/run.py --quick  the cells without training: after a change of the package's code that they show
+
+tests/test_notebook.py compares the stored outputs with the code.
 """
 
 import hashlib
 import os
+import sys
 import tempfile
+from copy import deepcopy
 from pathlib import Path
 
 import nbformat
@@ -68,10 +72,23 @@ def store(notebook):
     nbformat.write(notebook, NOTEBOOK)
 
 
+def without_training(notebook):
+    """Returns the cells whose outputs do not depend on training or hardware; they run without the other cells."""
+    cells = [cell for cell in code_cells(notebook) if not {"varies", "live"} & set(tags(cell))]
+    return nbformat.v4.new_notebook(cells=deepcopy(cells), metadata=notebook.metadata)
+
+
 def main():
     notebook = nbformat.read(NOTEBOOK, as_version=4)
+    quick = "--quick" in sys.argv[1:]
+    if quick and notebook.metadata.get("source_hash") != source_hash(notebook):
+        sys.exit("the notebook's code has changed: run all cells, without --quick")
+    executed = without_training(notebook) if quick else notebook
     with tempfile.TemporaryDirectory() as folder:
-        execute(notebook, folder)
+        execute(executed, folder)
+    outputs = {cell.id: cell.outputs for cell in code_cells(executed)}
+    for cell in code_cells(notebook):
+        cell.outputs = outputs.get(cell.id, cell.outputs)
     store(notebook)  # nothing is stored if a cell fails
 
 
