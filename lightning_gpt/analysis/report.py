@@ -266,7 +266,7 @@ def curve_figures(run: Run, folder: Path) -> Iterator[dict[str, Any]]:
 
     ratios = [tag for tag in run.curves if tag.startswith("update_ratio/")]
     batch = "Train: one batch per point (faint), with dropout if enabled. The line is smoothed: at each step, a line "
-    batch += f"over log(step) is fitted to the nearest {MIN_SMOOTHED} points or, if that is more, a tenth of all points."
+    batch += f"over log(step) is fitted to the nearest {MIN_SMOOTHED} points, or to a tenth of all if that is more."
     gap = "val/loss minus the smoothed train/loss. A rising gap means overfitting."
     usual = "About 0.001 is usual for AdamW; Muon takes larger steps."
     for name, tags, title, unit, caption in (
@@ -280,7 +280,8 @@ def curve_figures(run: Run, folder: Path) -> Iterator[dict[str, Any]]:
     ):
         curves = {tag.removeprefix("update_ratio/"): run.curves[tag] for tag in tags if tag in run.curves}
         if any(map(varies, curves.values())):
-            log = name == "ratios" and all(value > 0 for curve in curves.values() for _, value in curve)
+            values = [value for curve in curves.values() for _, value in curve]
+            log = name == "ratios" and 0 < 10 * min(values) < max(values)
             drawn = draw_curves(curves, title, unit, log, smoothed=["train/loss"], minimum=["val/loss"])
             yield save_figure(folder, name, drawn, caption, "svg")
 
@@ -364,13 +365,14 @@ def single_page(run: Run, folder: Path) -> dict[str, Any]:
 
 def comparison_page(runs: list[Run], folder: Path) -> dict[str, Any]:
     """The template's variables for several runs."""
-    columns = [run_summary(run) | {"hardware": run_hardware(run)} for run in runs]
-    settings = [run.settings for run in runs]
+    columns = [run_summary(run) for run in runs]
+    settings = [run.settings | {"hardware": run_hardware(run)} for run in runs]
     names = sorted(name for name in set().union(*settings) if len({s.get(name) for s in settings}) > 1)
     return {
         "summary": {row: [column[row] for column in columns] for row in columns[0]},
         "commands": [(run.name, shell_commands(run)[0][1]) for run in runs],
         "inside": {},
+        "hardware": " / ".join(dict.fromkeys(map(run_hardware, runs))),
         "settings": {name: [s.get(name, "–") for s in settings] for name in names},
         "curves": list(comparison_figures(runs, folder)),
         "samples": [[sample_parts(texts[-1][1]) for texts in run.samples.values()] for run in runs],
