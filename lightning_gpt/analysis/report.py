@@ -96,7 +96,7 @@ def find_run(path: str) -> Path:
 
 
 def add_smooth_gap(curves: dict[str, "Curve"]) -> None:
-    """Replaces the logged generalization gap, which has the noise of one train batch, by that to the smoothed loss."""
+    """Replaces the logged generalization gap, noisy as one train batch, with val/loss minus the smoothed train/loss."""
     from .figures import smooth
 
     val, train = curves.get("val/loss"), curves.get("train/loss")
