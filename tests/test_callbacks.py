@@ -299,6 +299,8 @@ def test_smoothing_removes_noise_and_keeps_a_line_over_log_steps():
     errors = [value - true for (_, value), true in zip(smooth(noisy, steps), exact, strict=True)]
     assert max(map(abs, errors)) < 0.1 and sum(e * e for e in errors) / 400 < 0.01 / 20
     assert smooth([(7, 2.0)], [3, 9]) == [(3, 2.0), (9, 2.0)]
+    few = [(50, 2.0), (100, 1.0), (150, 0.9), (200, 0.85)]  # no line fits them all
+    assert [value for _, value in smooth(few, [50, 100, 150, 200])] == pytest.approx([2.0, 1.0, 0.9, 0.85])
 
 
 def test_the_gap_is_to_the_smoothed_train_loss():

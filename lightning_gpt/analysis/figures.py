@@ -192,11 +192,12 @@ MIN_SMOOTHED = 8  # points
 def smooth(curve: Curve, steps: Collection[int]) -> Curve:
     """The curve without its noise, at the given steps.
 
-    Each value is that of a line over log(step), fitted to the nearest tenth of the points, or to the nearest
-    MIN_SMOOTHED. Unlike a mean, a line does not lag behind where the loss falls fast.
+    Each value is that of a line over log(step), fitted to the nearest tenth of the points or, if that is more, to the
+    nearest MIN_SMOOTHED, but never to more than half of them: a line does not fit a whole run. Unlike a mean, a line
+    does not lag behind where the loss falls fast.
     """
     known, values = np.array(curve).T
-    count = min(max(MIN_SMOOTHED, len(curve) // 10), len(curve))
+    count = max(1, min(max(MIN_SMOOTHED, len(curve) // 10), len(curve) // 2))
     fitted = []
     for step in steps:
         nearest = np.argsort(abs(known - step), kind="stable")[:count]

@@ -266,7 +266,7 @@ def curve_figures(run: Run, folder: Path) -> Iterator[dict[str, Any]]:
 
     ratios = [tag for tag in run.curves if tag.startswith("update_ratio/")]
     batch = "Train: one batch per point (faint), with dropout if enabled. The line is smoothed: at each step, a line "
-    batch += f"over log(step) is fitted to the nearest {MIN_SMOOTHED} points, or to a tenth of all if that is more."
+    batch += f"over log(step) is fitted to the nearest {MIN_SMOOTHED} points (long runs: a tenth, short runs: half)."
     gap = "val/loss minus the smoothed train/loss. A rising gap means overfitting."
     usual = "About 0.001 is usual for AdamW; Muon takes larger steps."
     for name, tags, title, unit, caption in (
