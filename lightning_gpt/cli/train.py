@@ -10,7 +10,7 @@ import warnings
 from contextlib import nullcontext, suppress
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import lightning as L
 import torch
@@ -54,9 +54,11 @@ from .config import (
     resolve_configs,
     resumes_in_place,
     run_settings,
+    setting_names,
     to_quoted_yaml,
 )
 from .generate import describe_checkpoint
+from .help import FIT, TEXTS, VALIDATE, requested_help, short_help, usage
 from .parser import Parser
 
 TRAINER_DEFAULTS = {
@@ -81,9 +83,7 @@ class CLI(LightningCLI):
 
     model_class: type[LanguageModel] = LanguageModel
     data_class: type[L.LightningDataModule] = TextDataModule
-    fit_description = (
-        "Train a model. The default --config is laptop, or that of --model.lecture_step. --ckpt_path resumes a run."
-    )
+    fit_description = "Train a model, or resume a run with --ckpt_path. Without --config, values are those of laptop."
     run_folder: Path | None = None  # of the run that resumes in place
     start_step = 0
     saver: CheckpointSaver | None = None
@@ -117,6 +117,8 @@ class CLI(LightningCLI):
         parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
 
     def parse_arguments(self, parser, args) -> None:
+        if wanted := requested_help(args):
+            self.print_help(parser, args, wanted)
         self.config = parser.parse_args(args)
         command = self.config.subcommand
         if self.config[command].ckpt_path is None:  # a run's config.yaml sets null, even after the flag
@@ -132,6 +134,26 @@ class CLI(LightningCLI):
         if command == "fit":
             check_fit_settings(self.config.fit)
             check_remaining(self.config.fit.trainer, {})
+
+    def print_help(self, parser, args: list[str], wanted: str) -> NoReturn:
+        """Prints the help, with the values that the configs and flags in `args` give, and ends the process."""
+        command = args[0]
+        of_command = parser._subcommands_action.choices[command]
+        for action in of_command._actions:
+            if action.dest == "ckpt_path":  # Lightning's text speaks of its own registry and keywords
+                action.help = TEXTS["ckpt_path"]
+        name = self.stage if command == "fit" else command
+        of_command.prog = usage(name)
+        if wanted == "all":
+            of_command.print_help()
+        else:
+            groups = {group: names.split() for group, names in (FIT if command == "fit" else VALIDATE).items()}
+            if command == "fit":
+                groups["model"] += sorted(setting_names(self.model_class) - setting_names(LanguageModel))
+                groups["data"] += sorted(setting_names(self.data_class) - setting_names(TextDataModule))
+            values = parser.parse_args([arg for arg in args if arg not in ("-h", "--help")])[command]
+            print(short_help(of_command, dict(values.items()), groups))
+        sys.exit(0)
 
     def start_from_checkpoint(self, parser, args: list[str], command: str) -> None:
         path = find_checkpoint(self.config[command].ckpt_path or "best", [self.stage])
