@@ -244,8 +244,12 @@ class LanguageModel(L.LightningModule):
         return batch
 
     def on_train_batch_start(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        # noise and learning rate are functions of the step alone, so that a resumed run needs neither from a checkpoint
+        # a function of the step alone, as is the learning rate, so that a resumed run needs neither from a checkpoint
         torch.manual_seed(derive_seed(self.hparams.seed, self.global_rank, self.trainer.fit_loop.total_batch_idx))
+        self.batch = batch
+
+    def set_learning_rates(self) -> None:
+        """Sets the rates of the next step before it starts, when callbacks such as LearningRateMonitor read them."""
         if groups := self.scheduled_groups():
             factor = self.lr_factor(self.trainer.global_step)
             for group in groups:
@@ -254,7 +258,6 @@ class LanguageModel(L.LightningModule):
                     group["lr"].fill_(rate)
                 else:
                     group["lr"] = rate
-        self.batch = batch
 
     def scheduled_groups(self) -> list[dict]:
         """The parameter groups whose learning rate follows `schedule`.
@@ -347,6 +350,8 @@ class LanguageModel(L.LightningModule):
             for of_muon, rate in rates.items():
                 self.log("train/muon_lr" if of_muon else "train/lr", float(rate))
             self.log("train/grad_norm", self.grad_norm.clone())
+        if self.trainer.global_step < self.total_steps:
+            self.set_learning_rates()
 
     def metrics_of_step(self, loss: Tensor, batch: tuple[Tensor, ...]) -> dict[str, Tensor]:
         """What is logged beside the loss of a step, by name; bpc is that of the last batch's targets."""
@@ -548,3 +553,4 @@ class LanguageModel(L.LightningModule):
             lr = torch.zeros((), device=self.device) if self.captured else 0.0
             fresh = groups.get(tuple(map(id, group["params"])), {})
             group.update({key: fresh[key] for key in fresh if key != "params"}, lr=lr)
+        self.set_learning_rates()
