@@ -232,7 +232,8 @@ def test_a_run_resumes_bitwise_from_a_checkpoint_of_the_best_validation(tmp_path
 class Stepped(LanguageModel):
     """Keeps the learning rate of each step."""
 
-    def on_fit_start(self):
+    def on_train_start(self):
+        super().on_train_start()
         self.rates = []
 
     def on_before_optimizer_step(self, optimizer):
