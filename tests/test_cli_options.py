@@ -290,12 +290,11 @@ def test_invalid_settings_are_refused(tmp_path, fails, text_file, flags, message
     assert not list(tmp_path.rglob("*.ckpt"))
 
 
-@pytest.mark.parametrize("find", ["lr_find", "scale_batch_size"])
-def test_lightnings_tuner_is_refused(tmp_path, text_file, find):
+def test_lightnings_search_for_a_batch_size_is_refused(tmp_path, text_file):
     trainer = L.Trainer(default_root_dir=tmp_path, accelerator="cpu", max_steps=2, logger=False)
     model, data = LanguageModel(vocab_size=32, block_size=16, n_layer=1, n_head=1, n_embd=8), text_file
     with pytest.raises(ValueError, match="would change the learning rate or the batch size"):
-        getattr(Tuner(trainer), find)(model, datamodule=TextDataModule(str(data), block_size=16, batch_size=4))
+        Tuner(trainer).scale_batch_size(model, datamodule=TextDataModule(str(data), block_size=16, batch_size=4))
 
 
 def test_numbers_too_large_for_memory_are_refused(tmp_path, text_file, ckpt, capsys, fails):

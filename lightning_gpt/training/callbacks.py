@@ -53,6 +53,8 @@ class SampleText(L.Callback):
         self.ngram_index: NgramIndex | None = None
 
     def setup(self, trainer: L.Trainer, lm: L.LightningModule, stage: str) -> None:
+        if trainer.datamodule is None:
+            raise ValueError("SampleText needs the tokenizer of a TextDataModule: give one to the Trainer's method")
         tokenizer = trainer.datamodule.tokenizer
         for prompt in self.prompts or []:
             if not prompt:
