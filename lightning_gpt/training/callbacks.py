@@ -20,9 +20,9 @@ from .strategies import FSDP2Strategy
 
 
 class SampleText(L.Callback):
-    """Continues each prompt after each validation; logs all samples to TensorBoard and prints the first one.
+    """Continues each prompt after each validation; logs all samples and prints the first one.
 
-    Each prompt gets the text `samples/PROMPT`. `samples/longest_copy` and `samples/copied_share` measure how much of
+    Each prompt gets the text `samples/PROMPT` in TensorBoard and a row of the table `samples` in W&B. `samples/longest_copy` and `samples/copied_share` measure how much of
     the samples is copied verbatim from the training text, see data/ngram_index.py. Samples do not change training: they
     use a separate random generator, so runs with and without them are bit-identical.
 
@@ -99,6 +99,7 @@ class SampleText(L.Callback):
         n, unit = self.ngram_index.n, "characters" if isinstance(data.tokenizer, CharTokenizer) else "tokens"
         generated = [ids[-self.length :] for _, ids in samples]
         found = [self.ngram_index.find(ids) for ids in generated]
+        rows = []
         for (prompt, _), ids, text, (start, length, share) in zip(samples, generated, texts, found, strict=True):
             copied = data.tokenizer.decode(ids[start : start + length])
             code = repr(copied).replace("`", "'")  # without backticks, as it is set as Markdown code
@@ -107,10 +108,16 @@ class SampleText(L.Callback):
                 f"Longest run copied from the training text: {run}. {share:.0%} of all runs of {n} {unit} occur there "
                 f"(validation text: {self.val_copied_share:.0%})."
             )
-            for logger in trainer.loggers:
-                if hasattr(logger.experiment, "add_text"):
-                    tag = "samples/" + prompt.replace("\n", "↵")
-                    fenced = text.replace("`", "'")  # three backticks would end the block
+            rows.append([prompt, text, summary])
+        for logger in trainer.loggers:
+            if hasattr(logger, "log_text"):  # WandbLogger
+                logger.log_text("samples", ["prompt", "text", "copied"], rows, step=step)
+            elif hasattr(logger.experiment, "add_text"):
+                for prompt, text, summary in rows:
+                    tag, fenced = (
+                        "samples/" + prompt.replace("\n", "↵"),
+                        text.replace("`", "'"),
+                    )  # ``` would end the block
                     logger.experiment.add_text(tag, f"```\n{fenced}\n```\n\n{summary}", step)
         _, lengths, shares = zip(*found, strict=True)
         for logger in trainer.loggers:
