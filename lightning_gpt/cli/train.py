@@ -434,7 +434,9 @@ def stop_reason(trainer: L.Trainer) -> str:
         return f"trainer.max_steps={trainer.max_steps} is reached"
     for callback in trainer.callbacks:
         if isinstance(callback, EarlyStopping) and callback.stopping_reason_message:
-            reason = callback.stopping_reason_message.replace(" Signaling Trainer to stop.", "")
+            reason = callback.stopping_reason_message.replace(" Signaling Trainer to stop.", "").replace(
+                " records", " validations"
+            )
             return f"EarlyStopping with patience={callback.patience}: {reason}"
         if isinstance(callback, Timer) and (left := callback.time_remaining()) is not None and left <= 0:
             return f"trainer.max_time is reached ({callback.time_elapsed():.0f} s of training)"
