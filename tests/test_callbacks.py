@@ -437,3 +437,34 @@ def test_a_report_shows_a_sample_that_a_resumed_run_logged_again_once(tmp_path):
         with SummaryWriter(tmp_path, purge_step=purge_step, filename_suffix=f".{text}") as writer:
             writer.add_text("samples/the", text, 6)
     assert read_run(tmp_path).texts["samples/the"] == [(7, "kept")]
+
+
+# --- the terminal -----------------------------------------------------------------------------------------------------
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("columns, speed", [(80, False), (120, True)])
+def test_a_terminal_shows_one_bar_in_steps_and_a_line_for_each_validation(
+    columns, speed, tmp_path, text_file, monkeypatch
+):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    flags = ["--trainer.log_every_n_steps=1", "--trainer.val_check_interval=16", "--trainer.accumulate_grad_batches=2"]
+    flags += [f"--data.corpus={text_file}", f"--trainer.default_root_dir={tmp_path}"]
+    main(["fit", *TINY, *flags, "--trainer.max_steps=16"])
+    main(["fit", f"--ckpt_path={tmp_path}/tiny/version_0/checkpoints/last.ckpt", *flags[:3], "--trainer.max_steps=18"])
+    lines = re.split("[\r\n]", sys.stdout.getvalue())
+    values, _ = scalars(tmp_path / "tiny" / "version_0")
+    bars = [line for line in lines if re.match(r"step \d+/1[68] \|", line)]
+    for step, limit in (10, 16), (16, 16), (18, 18):
+        bar = [bar for bar in bars if bar.startswith(f"step {step}/{limit} ")][-1]
+        assert len(bar) <= columns and all(f"{name}=" in bar for name in ("loss", "val", "best")) and " left" in bar
+        assert ("tokens/s=" in bar) == (speed and limit == 16)  # the resumed run is too short to measure it
+    best = dict(values["val/best"])
+    for step, loss in values["val/loss"]:
+        assert sum(f" val/loss {loss:.4f}  best {best[step]:.4f}" in line for line in lines) == 1
+    assert not any("Training:" in line and "?" not in line for line in lines)
