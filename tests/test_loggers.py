@@ -97,10 +97,10 @@ def test_without_wandb_one_sentence_says_what_to_install(fails, monkeypatch, tmp
     assert error.endswith("wandb, which is not installed: pip install 'tiny-lightning-gpt[wandb]'")
 
 
-def test_a_run_whose_logger_cannot_start_leaves_no_folder(fails, monkeypatch, tmp_path, text_file):
+def test_a_run_whose_logger_cannot_start_leaves_no_folder(monkeypatch, tmp_path, text_file, capsys):
     pytest.importorskip("wandb")
     monkeypatch.setenv("WANDB_MODE", "sometimes")
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    flags = [f"--data.corpus={text_file}", f"--trainer.default_root_dir={tmp_path}"]
-    assert "W&B can't start: " in fails("fit", *TINY, "--config=wandb", *flags)
+    with pytest.raises(SystemExit):
+        main(["fit", *TINY, "--config=wandb", f"--data.corpus={text_file}", f"--trainer.default_root_dir={tmp_path}"])
+    assert capsys.readouterr().err.splitlines()[-1].startswith("lightning-gpt: error: W&B can't start: ")
     assert not list((tmp_path / "tiny").iterdir())
