@@ -118,6 +118,7 @@ def test_best_loss_and_generalization_gap_are_right_after_a_resume(tmp_path, tex
     assert values["val/generalization_gap"][5] == pytest.approx(
         values["val/loss"][5] - values["train/loss"][4], abs=1e-5
     )
+    assert "epoch" not in values  # Lightning adds it
     assert values["train/bpc"][4] == pytest.approx(values["train/loss"][4] / math.log(2))
     assert set(board.PluginTagToContent("hparams")) == {"_hparams_/experiment", "_hparams_/session_start_info"}
 
@@ -260,6 +261,16 @@ def test_text_in_figures_is_never_parsed_as_markup(net):
     assert not formulas and " _a$b$c/version_0 val/loss" in texts  # the legend's text too
 
 
+def test_figures_for_tensorboard_are_legible_at_the_width_of_its_cards():
+    net = loud(GPT(GPTConfig(V, T, n_layer=2, n_head=8, n_embd=16, dropout=0.0)))
+    tokenizer = CharTokenizer("".join(map(chr, range(97, 97 + V))))
+    for name, figure in figures(net, tokenizer, torch.arange(T + 1), shown=16, narrow=True):
+        figure.savefig(io.BytesIO(), format="png")
+        texts = [text for text in figure.findobj(Text) if text.get_visible() and text.get_text()]
+        pixels = min(text.get_fontsize() for text in texts) / 72 * 350 / figure.get_figwidth()
+        assert pixels > (5 if name == "position_similarity" else 7), name
+
+
 def test_a_failed_figure_does_not_stop_training(tmp_path, text_file, monkeypatch, capsys):
     monkeypatch.setitem(matplotlib.rcParams, "text.usetex", True)
     monkeypatch.setenv("PATH", str(tmp_path))  # a PATH without LaTeX
@@ -283,7 +294,9 @@ def test_a_resumed_run_has_every_logged_point_exactly_once(tmp_path, text_file):
     assert [event.step for event in board.Tensors(sample)] == [3, 5]
     assert [event.step for event in board.Images("inspect/token_embeddings")] == [3, 5]
     listed = next(tmp_path.rglob("projector_config.pbtxt")).read_text()
-    assert re.findall(r'"token_embeddings:0*(\d)"', listed) == ["3", "5"]
+    names = re.findall(r'"([a-z _]+:\d+)"', listed)
+    assert names == ["token_embeddings:00003", "latest token_embeddings:00005"]
+    assert min(names) == names[-1]  # the projector opens the name that sorts first
     assert [step for step, _ in read_run(last.parents[1]).texts[sample.removesuffix("/text_summary")]] == [4, 6]
 
 
@@ -494,3 +507,34 @@ def test_a_report_shows_a_sample_that_a_resumed_run_logged_again_once(tmp_path):
         with SummaryWriter(tmp_path, purge_step=purge_step, filename_suffix=f".{text}") as writer:
             writer.add_text("samples/the", text, 6)
     assert read_run(tmp_path).texts["samples/the"] == [(7, "kept")]
+
+
+# --- the terminal -----------------------------------------------------------------------------------------------------
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("columns, speed", [(80, False), (120, True)])
+def test_a_terminal_shows_one_bar_in_steps_and_a_line_for_each_validation(
+    columns, speed, tmp_path, text_file, monkeypatch
+):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    flags = ["--trainer.log_every_n_steps=1", "--trainer.val_check_interval=16", "--trainer.accumulate_grad_batches=2"]
+    flags += [f"--data.corpus={text_file}", f"--trainer.default_root_dir={tmp_path}"]
+    main(["fit", *TINY, *flags, "--trainer.max_steps=16"])
+    main(["fit", f"--ckpt_path={tmp_path}/tiny/version_0/checkpoints/last.ckpt", *flags[:3], "--trainer.max_steps=18"])
+    lines = re.split("[\r\n]", sys.stdout.getvalue())
+    values, _ = scalars(tmp_path / "tiny" / "version_0")
+    bars = [line for line in lines if re.match(r"step \d+/1[68] \|", line)]
+    for step, limit in (10, 16), (16, 16), (18, 18):
+        bar = [bar for bar in bars if bar.startswith(f"step {step}/{limit} ")][-1]
+        assert len(bar) <= columns and all(f"{name}=" in bar for name in ("loss", "val", "best")) and " left" in bar
+        assert ("tokens/s=" in bar) == (speed and limit == 16)  # the resumed run is too short to measure it
+    best = dict(values["val/best"])
+    for step, loss in values["val/loss"]:
+        assert sum(f" val/loss {loss:.4f}  best {best[step]:.4f}" in line for line in lines) == 1
+    assert not any("Training:" in line and "?" not in line for line in lines)

@@ -27,11 +27,7 @@ DPI = 100
 LITERAL: dict = {"parse_math": False}  # for tokens and names: text between dollar signs is not a formula
 MAX_EMBEDDINGS = 300  # labels overlap with more
 MIN_EXPLAINED = 0.15  # of the variance; random embeddings of 65 characters reach 0.09
-LOSS_COLOR, PROB_COLOR, ATTENTION_COLOR = (
-    "#ff8866",
-    "#4bb062",
-    "#08519c",
-)  # text on the first two: WCAG AA, also inverted
+LOSS_COLOR, PROB_COLOR, ATTENTION_COLOR = "#ff8866", "#4bb062", "#08519c"  # AA with text, also inverted
 
 
 def opacity_scale(color: str) -> LinearSegmentedColormap:
@@ -59,20 +55,24 @@ def render(figure: Figure, format: str) -> bytes:
     return buffer.getvalue()
 
 
-def new_figure(title: str, width: float, height: float) -> tuple[Figure, Axes]:
+def new_figure(title: str, width: float, height: float, narrow: bool = False) -> tuple[Figure, Axes]:
     figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle(title.replace(": ", "\n", 1) if narrow else title, fontsize=9 if narrow else 11)
     return figure, figure.subplots()
 
 
-def draw_attention(maps: Tensor, labels: Sequence[str], title: str) -> Figure:
+def draw_attention(maps: Tensor, labels: Sequence[str], title: str, narrow: bool = False) -> Figure:
     """One panel per head of maps (H, queries T, keys T)."""
     H, T = maps.shape[:2]
-    columns = H if H <= 3 else math.ceil(math.sqrt(H))
+    columns = 1 if narrow else H if H <= 3 else math.ceil(math.sqrt(H))
     rows, side, gap = math.ceil(H / columns), max(0.14 * T, 1.0), 0.4  # in inches
     width, height = columns * (side + gap) + gap, rows * (side + gap) + 0.45
-    figure = Figure(figsize=(max(width, 7), height), dpi=DPI)  # constrained layout would take twice as long
-    figure.suptitle(f"{title}: each row is a query; the bluer a key, the more weight it has", fontsize=13)
+    width = width if narrow else max(width, 7)
+    figure = Figure(figsize=(width, height), dpi=DPI)  # constrained layout would take twice as long
+    if narrow:
+        figure.suptitle(title, fontsize=11, y=1 - 0.05 / height)
+    else:
+        figure.suptitle(f"{title}: each row is a query; the bluer a key, the more weight it has", fontsize=13)
     for h in range(H):
         left, top = gap + h % columns * (side + gap), 0.65 + h // columns * (side + gap)
         rect = (left / figure.get_figwidth(), 1 - (top + side) / height, side / figure.get_figwidth(), side / height)
@@ -91,14 +91,14 @@ def write_cell(ax: Axes, x: int, y: int, text: str) -> None:
     ax.text(x, y, text[:4], ha="center", va="center", fontsize=9 if len(text) == 1 else 5, **LITERAL)
 
 
-def draw_losses(values: Tensor, labels: Sequence[str], vmax: float, title: str) -> Figure:
-    """The text in rows of 32 tokens, shaded by the losses values (T,) in nats from 0 to vmax; one label per value."""
-    T, columns = len(values), 32
+def draw_losses(values: Tensor, labels: Sequence[str], vmax: float, title: str, narrow: bool = False) -> Figure:
+    """The text in rows of tokens, shaded by the losses values (T,) in nats from 0 to vmax; one label per value."""
+    T, columns = len(values), 16 if narrow else 32
     rows = math.ceil(T / columns)
     grid = torch.full((rows * columns,), math.nan)
     grid[:T] = values.float().cpu()
     title = f"{title}: {values.mean():.3f} nats on average; the redder a token, the higher its loss"
-    figure, ax = new_figure(title, 7.6, 0.27 * rows + 0.8)
+    figure, ax = new_figure(title, 4 if narrow else 7.6, 0.27 * rows + 0.8, narrow)
     image = ax.imshow(
         grid.view(rows, columns).numpy(), cmap=opacity_scale(LOSS_COLOR), vmin=0, vmax=vmax, aspect="auto"
     )
@@ -110,7 +110,9 @@ def draw_losses(values: Tensor, labels: Sequence[str], vmax: float, title: str) 
     return figure
 
 
-def draw_lens(net: GPT, streams: Tensor, ids: Tensor, labels: Sequence[str], tokenizer, title: str) -> Figure:
+def draw_lens(
+    net: GPT, streams: Tensor, ids: Tensor, labels: Sequence[str], tokenizer, title: str, narrow: bool = False
+) -> Figure:
     """The head's prediction from the residual stream after each layer (logit lens).
 
     Args:
@@ -122,7 +124,7 @@ def draw_lens(net: GPT, streams: Tensor, ids: Tensor, labels: Sequence[str], tok
     predicted, target_probs = probs.argmax(-1).tolist(), probs[:, torch.arange(len(ids) - 1), ids[1:].cpu()]
     L, T = len(probs) - 1, len(ids) - 1
     title = f"{title}: the most likely next token; the greener, the more probable the true one"
-    figure, ax = new_figure(title, max(7.6, 0.25 * T + 2), 0.25 * L + 1.65)
+    figure, ax = new_figure(title, max(4.5 if narrow else 7.6, 0.25 * T + 2), 0.25 * L + 1.65, narrow)
     image = ax.imshow(
         target_probs.numpy(), cmap=opacity_scale(PROB_COLOR), vmin=0, vmax=1, aspect="auto", origin="lower"
     )
@@ -159,9 +161,12 @@ def principal_plane(weight: Tensor) -> tuple[Tensor, Tensor]:
     return u[:, :2] * s[:2], s[:2].square() / s.square().sum().clamp(min=1e-30)
 
 
-def draw_embeddings(plane: Tensor, explained: Tensor, labels: Sequence[str], title: str) -> Figure:
+def draw_embeddings(
+    plane: Tensor, explained: Tensor, labels: Sequence[str], title: str, narrow: bool = False
+) -> Figure:
     """Token embeddings on their first two principal components: what `principal_plane` returns."""
-    figure, ax = new_figure(f"{title}: first two principal components", 7, 6)
+    width, height = (4.5, 4.5) if narrow else (7, 6)
+    figure, ax = new_figure(f"{title}: first two principal components", width, height, narrow)
     ax.scatter(plane[:, 0].numpy(), plane[:, 1].numpy(), s=0)  # sets the limits of the axes
     for (a, b), text in zip(plane.tolist(), labels, strict=False):
         ax.text(a, b, text, ha="center", va="center", fontsize=10, color=CLASS_COLORS[char_class(text)], **LITERAL)
@@ -261,7 +266,9 @@ def draw_curves(
     return figure
 
 
-def figures(net: GPT, tokenizer: Tokenizer, ids: Tensor, shown: int) -> Iterator[tuple[str, Figure]]:
+def figures(
+    net: GPT, tokenizer: Tokenizer, ids: Tensor, shown: int, narrow: bool = False
+) -> Iterator[tuple[str, Figure]]:
     """Yields the name and the figure of each view of the net on ids (T + 1,), T <= block_size.
 
     Embeddings of which two components explain less than MIN_EXPLAINED and the fixed angles of RoPE have no figure.
@@ -269,19 +276,21 @@ def figures(net: GPT, tokenizer: Tokenizer, ids: Tensor, shown: int) -> Iterator
     Args:
         net: in eval mode; it is not changed.
         shown: number of tokens in the figures of attention and of the prediction per layer.
+        narrow: whether the figures must be legible at 350 pixels, the width of TensorBoard's cards.
     """
     labels = [token_label(tokenizer, i) for i in ids.tolist()]
     part = ids[: shown + 1]
     losses, vmax = token_losses(net, ids), max_loss(len(tokenizer))
-    yield "loss_per_character", draw_losses(losses, labels[1:], vmax, "Loss per token")
+    yield "loss_per_character", draw_losses(losses, labels[1:], vmax, "Loss per token", narrow)
     for i, maps in enumerate(attention_maps(net, part[None, :-1]), start=1):
-        yield f"attention_layer_{i:02}", draw_attention(maps, labels[: len(part) - 1], f"Attention, layer {i}")
+        yield f"attention_layer_{i:02}", draw_attention(maps, labels[: len(part) - 1], f"Attention, layer {i}", narrow)
     streams = residual_streams(net, part[None, :-1])
-    yield "prediction_per_layer", draw_lens(net, streams, part, labels[: len(part)], tokenizer, "Prediction per layer")
+    lens = draw_lens(net, streams, part, labels[: len(part)], tokenizer, "Prediction per layer", narrow)
+    yield "prediction_per_layer", lens
     plane, explained = principal_plane(net.wte.weight)
     if explained.sum() >= MIN_EXPLAINED:
         names = [token_label(tokenizer, i) for i in range(len(plane))]
-        yield "token_embeddings", draw_embeddings(plane, explained, names, "Token embeddings")
+        yield "token_embeddings", draw_embeddings(plane, explained, names, "Token embeddings", narrow)
     if net.config.position == "learned":
         title = "Cosine similarity of the learned positions"
         yield "position_similarity", draw_positions(position_similarity(net), title)

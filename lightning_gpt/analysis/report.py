@@ -207,7 +207,7 @@ def format_parameters(run: Run) -> str:
 
 
 def run_hardware(run: Run) -> str:
-    return run.texts.get("run/hardware", [(0, "not recorded")])[-1][1]
+    return run.texts.get("settings/hardware", [(0, "not recorded")])[-1][1]
 
 
 def run_summary(run: Run) -> dict[str, str]:
