@@ -385,7 +385,7 @@ class CLI(LightningCLI):
             f"{self.throughput.seconds:.1f} s of training\n{path}\n"
         )
         use = self.show_result(path)
-        print(f"\nNext:\n  {program} {use}\n  {program} validate --ckpt_path {path}")
+        print(f"\nNext:\n  {program} {use}\n  {program} validate {path}")
 
     def loss_unit(self) -> str:
         return f" nats per {'character' if isinstance(self.datamodule.tokenizer, CharTokenizer) else 'token'}"
@@ -395,7 +395,7 @@ class CLI(LightningCLI):
         for piece in stream(*load(path), max_new_tokens=300):
             print(piece, end="", flush=True)
         print()
-        return "generate" if self.datamodule.tokenizer.unknown("ROMEO:") else 'generate --prompt "ROMEO:"'
+        return "generate" if self.datamodule.tokenizer.unknown("ROMEO:") else 'generate "ROMEO:"'
 
     def _run_subcommand(self, subcommand: str) -> None:
         if self.resume_state:
