@@ -23,8 +23,13 @@ train: .venv/installed  ## train the laptop's GPT on whatever this machine has
 generate: .venv/installed  ## write text from the newest best checkpoint, or from the one that comes with the package
 	$(BIN)/lightning-gpt generate
 
-board: .venv/installed  ## look at the runs: TensorBoard on http://127.0.0.1:6006
-	$(BIN)/tensorboard --logdir checkpoints --host 127.0.0.1 --samples_per_plugin text=1000,images=1000
+HOST := 127.0.0.1
+PORT := 6006
+CARD = %7B%22plugin%22:%22scalars%22,%22tag%22:%22$(1)%2Floss%22%7D
+board: .venv/installed  ## look at the runs: TensorBoard on http://127.0.0.1:6006 (make board HOST=... PORT=...)
+	@echo 'losses first:  http://$(HOST):$(PORT)/?pinnedCards=%5B$(call CARD,train),$(call CARD,val)%5D#timeseries'
+	@echo 'in one chart:  http://$(HOST):$(PORT)/#custom_scalars'
+	$(BIN)/tensorboard --logdir checkpoints --host $(HOST) --port $(PORT) --samples_per_plugin text=1000,images=1000
 
 report: .venv/plots  ## make a page about the newest run: curves, samples, attention
 	$(BIN)/lightning-gpt report

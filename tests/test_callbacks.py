@@ -23,7 +23,7 @@ from test_cli import scalars
 from test_training import RECIPE, fit
 from torch.utils.tensorboard import SummaryWriter
 
-from lightning_gpt.analysis.figures import draw_curves, figures
+from lightning_gpt.analysis.figures import draw_curves, draw_losses, figures, loss_color, smooth
 from lightning_gpt.analysis.inspector import ModelInspector
 from lightning_gpt.analysis.probes import (
     attention_maps,
@@ -32,7 +32,7 @@ from lightning_gpt.analysis.probes import (
     residual_streams,
     token_losses,
 )
-from lightning_gpt.analysis.report import read_run, validation_passage
+from lightning_gpt.analysis.report import Run, add_smooth_gap, name_runs, read_run, validation_passage
 from lightning_gpt.checkpoint.io import load_net
 from lightning_gpt.cli.main import main
 from lightning_gpt.data.ngram_index import NgramIndex
@@ -118,6 +118,7 @@ def test_best_loss_and_generalization_gap_are_right_after_a_resume(tmp_path, tex
     assert values["val/generalization_gap"][5] == pytest.approx(
         values["val/loss"][5] - values["train/loss"][4], abs=1e-5
     )
+    assert "epoch" not in values  # Lightning adds it
     assert values["train/bpc"][4] == pytest.approx(values["train/loss"][4] / math.log(2))
     assert set(board.PluginTagToContent("hparams")) == {"_hparams_/experiment", "_hparams_/session_start_info"}
 
@@ -178,13 +179,24 @@ def test_the_mean_of_the_token_losses_is_the_loss(any_net, idx):
     )
 
 
-def test_position_similarity_is_the_cosine_of_two_positions(any_net):
-    similarity = position_similarity(any_net)
-    if any_net.config.position == "learned":
-        a, b = any_net.wpe.weight[[3, 7]]
-        assert similarity[3, 7] == pytest.approx(float(a @ b / a.norm() / b.norm()))
-    else:  # it depends on the distance alone
-        assert torch.allclose(similarity[:-2, 2:].diagonal(), similarity[0, 2]) and similarity[0, 2] < 0.9
+def test_position_similarity_is_the_cosine_of_two_positions(net):
+    a, b = net.wpe.weight[[3, 7]]
+    assert position_similarity(net)[3, 7] == pytest.approx(float(a @ b / a.norm() / b.norm()))
+
+
+def test_figures_that_say_nothing_are_hidden(any_net):
+    tokenizer = CharTokenizer("".join(map(chr, range(97, 97 + V))))
+
+    def names(weight):
+        with torch.no_grad():
+            any_net.wte.weight.copy_(weight)
+        return {name for name, _ in figures(any_net, tokenizer, torch.arange(T + 1), shown=4)}
+
+    every_direction = torch.eye(V, 16)  # two components explain 2 / 16
+    assert "token_embeddings" not in names(every_direction)
+    every_direction[:, :2] *= 5
+    assert "token_embeddings" in names(every_direction)
+    assert ("position_similarity" in names(every_direction)) == (any_net.config.position == "learned")
 
 
 VARIANTS = {
@@ -199,7 +211,8 @@ def test_every_variant_of_the_net_can_be_inspected(variant, tmp_path, text_file)
     flags = [*VARIANTS[variant], f"--data.corpus={text_file}", f"--trainer.default_root_dir={tmp_path}"]
     main(["fit", *TINY, "--config=inspect", "--trainer.callbacks.shown=4", *flags])
     drawn = set(scalars(tmp_path / "tiny" / "version_0")[1].Tags()["images"])
-    expected = {"loss_per_character", "prediction_per_layer", "token_embeddings", "position_similarity"}
+    expected = {"loss_per_character", "prediction_per_layer", "token_embeddings"}
+    expected |= set() if "modern" in variant else {"position_similarity"}
     expected |= set() if variant == "bigram" else {"attention_layer_01"}
     assert drawn == {f"inspect/{name}" for name in expected}
     assert len(next(tmp_path.rglob("metadata.tsv")).read_text().splitlines()) == 32  # the projector's: a line per token
@@ -248,6 +261,16 @@ def test_text_in_figures_is_never_parsed_as_markup(net):
     assert not formulas and " _a$b$c/version_0 val/loss" in texts  # the legend's text too
 
 
+def test_figures_for_tensorboard_are_legible_at_the_width_of_its_cards():
+    net = loud(GPT(GPTConfig(V, T, n_layer=2, n_head=8, n_embd=16, dropout=0.0)))
+    tokenizer = CharTokenizer("".join(map(chr, range(97, 97 + V))))
+    for name, figure in figures(net, tokenizer, torch.arange(T + 1), shown=16, narrow=True):
+        figure.savefig(io.BytesIO(), format="png")
+        texts = [text for text in figure.findobj(Text) if text.get_visible() and text.get_text()]
+        pixels = min(text.get_fontsize() for text in texts) / 72 * 350 / figure.get_figwidth()
+        assert pixels > (5 if name == "position_similarity" else 7), name
+
+
 def test_a_failed_figure_does_not_stop_training(tmp_path, text_file, monkeypatch, capsys):
     monkeypatch.setitem(matplotlib.rcParams, "text.usetex", True)
     monkeypatch.setenv("PATH", str(tmp_path))  # a PATH without LaTeX
@@ -271,27 +294,69 @@ def test_a_resumed_run_has_every_logged_point_exactly_once(tmp_path, text_file):
     assert [event.step for event in board.Tensors(sample)] == [3, 5]
     assert [event.step for event in board.Images("inspect/token_embeddings")] == [3, 5]
     listed = next(tmp_path.rglob("projector_config.pbtxt")).read_text()
-    assert re.findall(r'"token_embeddings:0*(\d)"', listed) == ["3", "5"]
+    names = re.findall(r'"([a-z _]+:\d+)"', listed)
+    assert names == ["token_embeddings:00003", "latest token_embeddings:00005"]
+    assert min(names) == names[-1]  # the projector opens the name that sorts first
     assert [step for step, _ in read_run(last.parents[1]).texts[sample.removesuffix("/text_summary")]] == [4, 6]
 
 
 # --- the report -------------------------------------------------------------------------------------------------------
 
 
+def test_smoothing_removes_noise_and_keeps_a_line_over_log_steps():
+    noise = torch.randn(400, generator=torch.Generator().manual_seed(0)).tolist()
+    steps = [10 * i for i in range(1, 401)]
+    exact = [3 - 0.2 * math.log(step) for step in steps]
+    assert [value for _, value in smooth(list(zip(steps, exact, strict=True)), steps)] == pytest.approx(exact)
+    noisy = [(step, value + 0.1 * e) for step, value, e in zip(steps, exact, noise, strict=True)]
+    errors = [value - true for (_, value), true in zip(smooth(noisy, steps), exact, strict=True)]
+    assert max(map(abs, errors)) < 0.1 and sum(e * e for e in errors) / 400 < 0.01 / 20
+    assert smooth([(7, 2.0)], [3, 9]) == [(3, 2.0), (9, 2.0)]
+    few = [(50, 2.0), (100, 1.0), (150, 0.9), (200, 0.85)]  # no line fits them all
+    assert [value for _, value in smooth(few, [50, 100, 150, 200])] == pytest.approx([2.0, 1.0, 0.9, 0.85])
+
+
+def test_the_gap_is_to_the_smoothed_train_loss():
+    train = [(10 * i, 2 + 0.1 * (-1) ** i) for i in range(1, 101)]  # 2 with noise
+    curves = {"train/loss": train, "val/loss": [(500, 2.5), (1000, 2.25)], "val/generalization_gap": [(500, 9.0)]}
+    add_smooth_gap(curves)
+    (_, middle), (_, end) = curves["val/generalization_gap"]
+    assert middle == pytest.approx(0.5, abs=0.03) and end == pytest.approx(0.25, abs=0.06)
+
+
+def test_the_text_and_the_figure_of_the_losses_share_one_color_scale():
+    losses = torch.tensor([0.0, 1.0, 2.5, 4.0, 9.0])
+    (image,) = draw_losses(losses, list("abcde"), 4.0, "Loss").axes[0].images
+    for loss in losses.tolist():
+        drawn = [round(255 * part) for part in image.cmap(image.norm(loss))]
+        assert drawn == pytest.approx(list(bytes.fromhex(loss_color(loss, 4.0)[1:])), abs=1)
+
+
+def test_runs_of_the_same_name_are_told_apart(tmp_path):
+    runs = [Run(tmp_path / part / "laptop" / "version_0") for part in ("a", "b")]
+    name_runs(runs)
+    assert [run.name for run in runs] == ["a/laptop/version_0", "b/laptop/version_0"]
+    name_runs(runs[:1])
+    assert runs[0].name == "laptop/version_0"
+
+
 class Page(HTMLParser):
-    """Parses a page: its tags, all of them closed, its text, and what it refers to."""
+    """Parses a page: its tags, all of them closed, its text, its anchors, and what it refers to."""
 
     EMPTY = {"meta", "link", "img", "br", "wbr"}
 
     def __init__(self, html):
         super().__init__()
         self.open, self.tags, self.sources, self.text = [], set(), [], ""
+        self.links, self.anchors = [], []
         self.feed(html)
         assert not self.open
 
     def handle_starttag(self, tag, attrs):
         self.tags.add(tag)
-        self.sources += [value for name, value in attrs if name in ("src", "href")]
+        self.sources += [value for name, value in attrs if name in ("src", "href") and tag != "a"]
+        self.links += [value for name, value in attrs if name == "href" and tag == "a"]
+        self.anchors += [f"#{value}" for name, value in attrs if name == "id"]
         if tag not in self.EMPTY:
             self.open.append(tag)
 
@@ -313,6 +378,10 @@ def logged_run(tmp_path_factory, text_file):
     return root / "tiny" / "version_0"
 
 
+def picture_files(tmp_path):
+    return [file for file in (tmp_path / "page").iterdir() if file.suffix in (".png", ".svg")]
+
+
 def write_report(tmp_path, *runs):
     main(["report", *map(str, runs), "--output", str(tmp_path / "page")])
     return Page((tmp_path / "page" / "report.html").read_text())
@@ -320,13 +389,15 @@ def write_report(tmp_path, *runs):
 
 def test_a_report_is_one_self_contained_page(logged_run, tmp_path, capsys):
     page = write_report(tmp_path, logged_run)
-    pictures = {base64.b64decode(s.removeprefix("data:image/png;base64,")) for s in page.sources if len(s) > 9}
+    pictures = {base64.b64decode(source.split("base64,")[1]) for source in page.sources if len(source) > 9}
     assert all(source.startswith("data:") for source in page.sources) and "http" not in page.text
     assert "script" not in page.tags
-    assert pictures == {file.read_bytes() for file in (tmp_path / "page").glob("*.png")} and len(pictures) == 11
+    assert pictures == {file.read_bytes() for file in picture_files(tmp_path)} and len(pictures) == 9
+    assert page.links == page.anchors == ["#repeat", "#curves", "#samples", "#losses", "#inside", "#config"]
     assert (tmp_path / "page" / "attention_layer_01.png").exists()
     values, _ = scalars(logged_run)
-    assert f"{min(value for _, value in values['val/loss']):.4f}" in page.text
+    assert page.text.index(f"{min(value for _, value in values['val/loss']):.3f}") < page.text.index("fit --config")
+    assert page.text.index("fit --config") < page.text.index("Curves", page.text.index("Repeat this run"))
     assert page.text.count("<b>the") == 5  # escaped, in the heading, the samples of steps 2, 4 and 5, and the config
     assert all(words in page.text for words in ("step 5", "max_steps: 5", "1 x cpu", "fit --config"))
     for tag in "val/loss", "samples/longest_copy":
@@ -355,15 +426,14 @@ def test_a_browser_shows_every_figure_without_console_messages(width, logged_run
     done = subprocess.run(
         [BROWSER, *flags, (tmp_path / "frame.html").as_uri()], capture_output=True, text=True, timeout=120
     )
-    pictures = len(list((tmp_path / "page").glob("*.png")))
-    assert f"saw {pictures},0<" in done.stdout  # the page itself does not scroll sideways
+    assert f"saw {len(picture_files(tmp_path))},0<" in done.stdout  # the page itself does not scroll sideways
     assert "CONSOLE" not in done.stderr
 
 
 def test_a_report_on_several_runs_shows_the_settings_that_differ(logged_run, run, tmp_path):
     page = write_report(tmp_path, logged_run, run.parent)  # given a folder of versions, it takes the newest
     assert "sample.prompts" in page.text and "model.n_layer" not in page.text
-    assert {file.stem for file in (tmp_path / "page").glob("*.png")} >= {"val_loss", "train_loss"}
+    assert {file.stem for file in picture_files(tmp_path)} >= {"val_loss", "train_loss"}
 
 
 @pytest.mark.parametrize("left", [0, 7, 0.9, 0.999])
@@ -437,3 +507,34 @@ def test_a_report_shows_a_sample_that_a_resumed_run_logged_again_once(tmp_path):
         with SummaryWriter(tmp_path, purge_step=purge_step, filename_suffix=f".{text}") as writer:
             writer.add_text("samples/the", text, 6)
     assert read_run(tmp_path).texts["samples/the"] == [(7, "kept")]
+
+
+# --- the terminal -----------------------------------------------------------------------------------------------------
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("columns, speed", [(80, False), (120, True)])
+def test_a_terminal_shows_one_bar_in_steps_and_a_line_for_each_validation(
+    columns, speed, tmp_path, text_file, monkeypatch
+):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    flags = ["--trainer.log_every_n_steps=1", "--trainer.val_check_interval=16", "--trainer.accumulate_grad_batches=2"]
+    flags += [f"--data.corpus={text_file}", f"--trainer.default_root_dir={tmp_path}"]
+    main(["fit", *TINY, *flags, "--trainer.max_steps=16"])
+    main(["fit", f"--ckpt_path={tmp_path}/tiny/version_0/checkpoints/last.ckpt", *flags[:3], "--trainer.max_steps=18"])
+    lines = re.split("[\r\n]", sys.stdout.getvalue())
+    values, _ = scalars(tmp_path / "tiny" / "version_0")
+    bars = [line for line in lines if re.match(r"step \d+/1[68] \|", line)]
+    for step, limit in (10, 16), (16, 16), (18, 18):
+        bar = [bar for bar in bars if bar.startswith(f"step {step}/{limit} ")][-1]
+        assert len(bar) <= columns and all(f"{name}=" in bar for name in ("loss", "val", "best")) and " left" in bar
+        assert ("tokens/s=" in bar) == (speed and limit == 16)  # the resumed run is too short to measure it
+    best = dict(values["val/best"])
+    for step, loss in values["val/loss"]:
+        assert sum(f" val/loss {loss:.4f}  best {best[step]:.4f}" in line for line in lines) == 1
+    assert not any("Training:" in line and "?" not in line for line in lines)

@@ -34,7 +34,7 @@ def test_a_run_is_one_folder_and_ends_with_a_validation_and_a_checkpoint(run):
     assert torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)["global_step"] == 5
     values, board = scalars(run)
     assert [step for step, _ in values["val/loss"]] == [4]  # after the fifth step, though val_check_interval is larger
-    assert {"run/config/text_summary", "run/hardware/text_summary"} < set(board.Tags()["tensors"])
+    assert {"settings/config/text_summary", "settings/hardware/text_summary"} < set(board.Tags()["tensors"])
     assert any(tag.startswith("samples/") for tag in board.Tags()["tensors"])
     (layout,) = board.Tensors("custom_scalars__config__")
     charts = layout.tensor_proto.string_val[0]

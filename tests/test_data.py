@@ -115,7 +115,11 @@ def on_rank(rank, world_size):
     data = TextDataModule(block_size=16, batch_size=6)
     endless = dict(limit_train_batches=1.0, max_epochs=-1, overfit_batches=0.0)
     data.trainer = SimpleNamespace(
-        fit_loop=SimpleNamespace(total_batch_idx=-1), global_rank=rank, world_size=world_size, **endless
+        state=SimpleNamespace(status="running"),
+        fit_loop=SimpleNamespace(total_batch_idx=-1),
+        global_rank=rank,
+        world_size=world_size,
+        **endless,
     )
     return data
 

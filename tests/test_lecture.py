@@ -235,7 +235,7 @@ def test_a_checkpoint_without_lecture_step_is_a_gpt(ckpt, tmp_path, fails):
         (
             "attic",
             "--model.n_layer=1",
-            "lecture/attic is neither a file nor one of the packaged ",
+            "lecture/attic is neither a file nor one of the packaged configs",
         ),
     ],
 )

@@ -10,14 +10,17 @@ import lightning as L
 import torch
 from google.protobuf import text_format
 from lightning.pytorch.loggers import TensorBoardLogger
-from tensorboard.plugins.projector.projector_config_pb2 import ProjectorConfig
+from tensorboard.plugins.projector.projector_config_pb2 import EmbeddingInfo, ProjectorConfig
 from torch.utils.tensorboard import SummaryWriter
 
+from ..checkpoint.io import atomic_write
 from ..model.gpt import GPT
 from ..training.module import LanguageModel
 from ..training.strategies import FSDP2Strategy
 
 MISSING_MATPLOTLIB = "matplotlib is not installed: pip install 'tiny-lightning-gpt[plots]'"
+
+LATEST = "latest "  # sorts before "token_embeddings"
 
 
 class ModelInspector(L.Callback):
@@ -35,7 +38,7 @@ class ModelInspector(L.Callback):
 
     MAX_PROJECTED = 10_000  # embeddings; the projector is slow with more
 
-    def __init__(self, passage: str | None = None, every_n_validations: int = 1, shown: int = 32):
+    def __init__(self, passage: str | None = None, every_n_validations: int = 1, shown: int = 16):
         for name, value in {"every_n_validations": every_n_validations, "shown": shown}.items():
             if value < 1:
                 raise ValueError(f"ModelInspector's {name}={value} must be 1 or more")
@@ -96,12 +99,13 @@ class ModelInspector(L.Callback):
         logger, tokenizer = cast(TensorBoardLogger, self.tensorboard_logger(trainer)), trainer.datamodule.tokenizer
         net = deepcopy(cast(GPT, lm.eval_net)).eval()  # a copy is not compiled, and its hooks do not affect training
         net = net if net.wte.weight.dtype == torch.float64 else net.float()
-        for name, figure in figures(net, tokenizer, self.ids.to(lm.device), self.shown):
+        for name, figure in figures(net, tokenizer, self.ids.to(lm.device), self.shown, narrow=True):
             logger.experiment.add_figure(f"inspect/{name}", figure, step)
         embeddings = net.wte.weight.detach()[: self.MAX_PROJECTED].float()
         labels = [token_label(tokenizer, i) for i in range(len(embeddings))]
         self.restore_projector_config(logger.experiment, step)
         logger.experiment.add_embedding(embeddings, labels, tag="token_embeddings", global_step=step)
+        self.rename_latest(logger.experiment)
         logger.log_metrics({"inspect/seconds": time.perf_counter() - start}, step)
 
     @staticmethod
@@ -110,5 +114,20 @@ class ModelInspector(L.Callback):
         path = Path(writer.log_dir, "projector_config.pbtxt")
         if not hasattr(writer, "_projector_config") and path.exists():
             listed = text_format.Parse(path.read_text(encoding="utf-8"), ProjectorConfig()).embeddings
-            earlier = [entry for entry in listed if int(entry.tensor_name.rsplit(":", 1)[1]) < step]
+            earlier = [entry for entry in listed if embedding_step(entry) < step]
             writer._projector_config = ProjectorConfig(embeddings=earlier)
+
+    @staticmethod
+    def rename_latest(writer: SummaryWriter) -> None:
+        """The projector opens the embedding whose name sorts first, which would be the oldest."""
+        config = writer._projector_config
+        latest = max(map(embedding_step, config.embeddings))
+        for entry in config.embeddings:
+            name = entry.tensor_name.removeprefix(LATEST)
+            entry.tensor_name = LATEST + name if embedding_step(entry) == latest else name
+        path = Path(writer.log_dir, "projector_config.pbtxt")
+        atomic_write(path, text_format.MessageToString(config).encode())
+
+
+def embedding_step(entry: EmbeddingInfo) -> int:
+    return int(entry.tensor_name.rsplit(":", 1)[1])

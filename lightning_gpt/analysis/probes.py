@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..data.tokenizers import Tokenizer
-from ..model.gpt import GPT, CausalSelfAttention, apply_rope
+from ..model.gpt import GPT, CausalSelfAttention
 
 
 def token_label(tokenizer: Tokenizer, i: int) -> str:
@@ -82,11 +82,6 @@ def token_losses(net: GPT, ids: Tensor) -> Tensor:
 
 @torch.no_grad()
 def position_similarity(net: GPT) -> Tensor:
-    """Cosine similarity (T, T) of all positions: of the learned embeddings, or of a vector of ones rotated by RoPE."""
-    if net.config.position == "learned":
-        vectors = net.wpe.weight.float()
-    else:
-        ones = torch.ones(1, net.config.block_size, 1, net.config.n_embd // net.config.n_head, device=net.rope.device)
-        vectors = apply_rope(ones, net.rope)[0, :, 0].float()
-    vectors = F.normalize(vectors, dim=-1)
+    """Cosine similarity (T, T) of all learned position embeddings."""
+    vectors = F.normalize(net.wpe.weight.float(), dim=-1)
     return vectors @ vectors.T

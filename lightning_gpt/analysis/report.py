@@ -1,7 +1,6 @@
 """lightning-gpt report: one self-contained HTML page about a run, or a comparison of several runs."""
 
 import base64
-import io
 import logging
 import math
 import os
@@ -37,6 +36,7 @@ class Run:
     """The contents of a run's folder: curves and texts by tag, config, and the best readable checkpoint."""
 
     folder: Path
+    name: str = ""  # set by name_runs
     curves: dict[str, "Curve"] = field(default_factory=dict)  # steps from 1, where Lightning counts from 0
     texts: dict[str, list[tuple[int, str]]] = field(default_factory=dict)  # steps from 1
     config: str = ""
@@ -46,18 +46,15 @@ class Run:
     notes: list[str] = field(default_factory=list)  # what is missing and why
 
     @property
-    def name(self) -> str:
-        return "/".join(self.folder.absolute().parts[-2:])
-
-    @property
     def samples(self) -> dict[str, list[tuple[int, str]]]:
         return {tag: texts for tag, texts in self.texts.items() if tag.startswith("samples")}
 
     def last(self, tag: str) -> float:
         return self.curves[tag][-1][1] if self.curves.get(tag) else math.nan
 
-    def minimum(self, tag: str) -> float:
-        return min((value for _, value in self.curves.get(tag, [])), default=math.nan)
+    def best(self, tag: str) -> tuple[int, float]:
+        """The step and the value of the minimum; (0, infinity) without the curve."""
+        return min(self.curves.get(tag, []), key=lambda point: point[1], default=(0, math.inf))
 
     @property
     def steps(self) -> int:
@@ -98,6 +95,17 @@ def find_run(path: str) -> Path:
     return folder
 
 
+def add_smooth_gap(curves: dict[str, "Curve"]) -> None:
+    """Replaces the logged generalization gap, noisy as one train batch, with val/loss minus the smoothed train/loss."""
+    from .figures import smooth
+
+    val, train = curves.get("val/loss"), curves.get("train/loss")
+    if val and train:
+        smoothed = smooth(train, [step for step, _ in val])
+        gaps = [(step, value - loss) for (step, value), (_, loss) in zip(val, smoothed, strict=True)]
+        curves["val/generalization_gap"] = gaps
+
+
 def read_run(folder: Path) -> Run:
     """Reads a run's folder; whatever cannot be read becomes a note."""
     run = Run(folder)
@@ -114,6 +122,7 @@ def read_run(folder: Path) -> Run:
         run.curves[tag] = [(event.step + 1, event.value) for event in events if math.isfinite(event.value)]
         times += [event.wall_time for event in events]
     run.curves = {tag: curve for tag, curve in run.curves.items() if curve}
+    add_smooth_gap(run.curves)
     run.seconds = max(times) - min(times) if times else math.nan
     for tag in tags["tensors"]:
         if tag.endswith("/text_summary"):
@@ -143,6 +152,15 @@ def read_run(folder: Path) -> Run:
     return run
 
 
+def name_runs(runs: list[Run]) -> None:
+    """Names runs by the ends of their folders' paths, which are as long as needed to tell the runs apart."""
+    parts, length = [run.folder.absolute().parts for run in runs], 2
+    while len({path[-length:] for path in parts}) < len(runs):
+        length += 1
+    for run, path in zip(runs, parts, strict=True):
+        run.name = "/".join(path[-length:])
+
+
 def validation_passage(data: dict[str, Any], block_size: int, tokenizer) -> torch.Tensor:
     """Returns the first block_size + 1 tokens of the validation text from a run's data settings.
 
@@ -168,7 +186,7 @@ def validation_passage(data: dict[str, Any], block_size: int, tokenizer) -> torc
 
 
 def format_number(value: float, digits: int = 3) -> str:
-    return "–" if math.isnan(value) else f"{value:,.{digits}f}"
+    return f"{value:,.{digits}f}" if math.isfinite(value) else "–"
 
 
 def format_duration(seconds: float) -> str:
@@ -189,20 +207,22 @@ def format_parameters(run: Run) -> str:
 
 
 def run_hardware(run: Run) -> str:
-    return run.texts.get("run/hardware", [(0, "not recorded")])[-1][1]
+    return run.texts.get("settings/hardware", [(0, "not recorded")])[-1][1]
 
 
 def run_summary(run: Run) -> dict[str, str]:
     """The headline numbers of a run by label."""
+    step, loss = run.best("val/loss")
     return {
-        "best val/loss": format_number(run.minimum("val/loss"), 4),
-        "last val/loss": format_number(run.last("val/loss"), 4),
-        "best bits per character": format_number(run.minimum("val/bpc")),
-        "last gap to the train loss": format_number(run.last("val/generalization_gap")),
+        "best val/loss": format_number(loss),
+        "at step": f"{step:,}" if step else "–",
+        "last val/loss": format_number(run.last("val/loss")),
+        "best bits per character": format_number(run.best("val/bpc")[1]),
+        "last generalization gap": format_number(run.last("val/generalization_gap")),
         "steps": f"{run.steps:,}",
         "parameters": format_parameters(run),
         "tokens per second": format_number(run.last("perf/tokens_per_second"), 0),
-        "first to last event": format_duration(run.seconds),
+        "duration": format_duration(run.seconds),
     }
 
 
@@ -218,35 +238,52 @@ def spread_samples(texts: list[tuple[int, str]]) -> list[tuple[int, str, str]]:
     return [(texts[i][0], *sample_parts(texts[i][1])) for i in sorted(chosen)]
 
 
-def save_figure(folder: Path, name: str, drawn: "Figure", caption: str = "", wide: bool = False) -> dict[str, Any]:
-    """Writes drawn as a PNG; returns what the template's `figure` shows, the same bytes in base64 or an error."""
-    buffer = io.BytesIO()
+def save_figure(folder: Path, name: str, drawn: "Figure", caption: str = "", kind: str = "png") -> dict[str, Any]:
+    """Writes drawn as a PNG or SVG file; returns what the template's `figure` shows: the same bytes, or an error.
+
+    The title is text on the page. It is split at a colon into a heading and a caption.
+    """
+    from .figures import render
+
+    title, _, rest = drawn.get_suptitle().partition(": ")
     try:
-        drawn.savefig(buffer, format="png", dpi=100 if wide else 160)
+        data = render(drawn, kind)
     except Exception as error:  # matplotlib can raise anything; the rest of the page is still useful
         return {"name": name, "error": str(error)[:200]}
-    atomic_write(folder / f"{name}.png", buffer.getvalue())
-    source, wide = base64.b64encode(buffer.getvalue()).decode(), wide and drawn.get_figwidth() > 6
-    return {"title": drawn.get_suptitle(), "source": source, "caption": caption, "wide": wide}
+    atomic_write(folder / f"{name}.{kind}", data)
+    source = f"data:image/{'svg+xml' if kind == 'svg' else kind};base64,{base64.b64encode(data).decode()}"
+    caption = caption or rest[:1].upper() + rest[1:]
+    return {"title": title, "source": source, "caption": caption, "wide": kind == "png" and drawn.get_figwidth() > 7}
+
+
+def varies(curve: "Curve") -> bool:
+    """Whether a chart of the curve says more than a number."""
+    return len({value for _, value in curve}) > 1
 
 
 def curve_figures(run: Run, folder: Path) -> Iterator[dict[str, Any]]:
-    from .figures import draw_curves
+    from .figures import MIN_SMOOTHED, draw_curves
 
     ratios = [tag for tag in run.curves if tag.startswith("update_ratio/")]
+    batch = "Train: one batch per point (faint), with dropout if enabled. The line is smoothed: at each step, a line "
+    batch += f"over log(step) is fitted to the nearest {MIN_SMOOTHED} points (long runs: a tenth, short runs: half)."
+    gap = "val/loss minus the smoothed train/loss. A rising gap means overfitting."
+    usual = "About 0.001 is usual for AdamW; Muon takes larger steps."
     for name, tags, title, unit, caption in (
-        ("loss", ["train/loss", "val/loss"], "Loss", "nats per token", "Train: one batch, with dropout if enabled."),
-        ("gap", ["val/generalization_gap"], "Validation loss - train loss", "nats", "A rising gap means overfitting."),
-        ("rates", ["train/lr", "train/muon_lr"], "Learning rates", "rate", ""),
+        ("loss", ["train/loss", "val/loss"], "Loss", "nats per token", batch),
+        ("gap", ["val/generalization_gap"], "Generalization gap", "nats per token", gap),
+        ("rates", ["train/lr", "train/muon_lr"], "Learning rate", "learning rate", ""),
         ("gradient", ["train/grad_norm"], "Gradient norm", "norm before clipping", ""),
-        ("ratios", ratios, "Update / weights per layer", "ratio", "About 0.001 is usual for AdamW."),
+        ("ratios", ratios, "Update ratio per layer", "|update| / |weights|", usual),
         ("speed", ["perf/tokens_per_second"], "Speed", "tokens per second", ""),
         ("copies", ["samples/longest_copy"], "Longest copied passage", "tokens", "Verbatim from the training text."),
     ):
         curves = {tag.removeprefix("update_ratio/"): run.curves[tag] for tag in tags if tag in run.curves}
-        if curves:
-            log = name == "ratios" and all(value > 0 for curve in curves.values() for _, value in curve)
-            yield save_figure(folder, name, draw_curves(curves, title, unit, log), caption)
+        if any(map(varies, curves.values())):
+            values = [value for curve in curves.values() for _, value in curve]
+            log = name == "ratios" and 0 < 10 * min(values) < max(values)
+            drawn = draw_curves(curves, title, unit, log, smoothed=["train/loss"], minimum=["val/loss"])
+            yield save_figure(folder, name, drawn, caption, "svg")
 
 
 def comparison_figures(runs: list[Run], folder: Path) -> Iterator[dict[str, Any]]:
@@ -254,19 +291,21 @@ def comparison_figures(runs: list[Run], folder: Path) -> Iterator[dict[str, Any]
 
     for tag, title, unit in (
         ("val/loss", "Validation loss", "nats per token"),
-        ("train/loss", "Train loss", "nats per token"),
+        ("train/loss", "Train loss, smoothed", "nats per token"),
+        ("val/generalization_gap", "Generalization gap", "nats per token"),
         ("perf/tokens_per_second", "Speed", "tokens per second"),
         ("samples/longest_copy", "Longest copied passage", "tokens"),
     ):
-        suffix = f" {tag}" if "val" in tag else ""
-        curves = {run.name + suffix: run.curves[tag] for run in runs if tag in run.curves}
-        if curves:
-            yield save_figure(folder, tag.replace("/", "_"), draw_curves(curves, title, unit))
+        curves = {run.name: run.curves.get(tag, []) for run in runs}  # an empty one keeps the colors of the runs
+        if any(map(varies, curves.values())):
+            smoothed, minimum = [curves if tag == name else () for name in ("train/loss", "val/loss")]
+            drawn = draw_curves(curves, title, unit, smoothed=smoothed, minimum=minimum)
+            yield save_figure(folder, tag.replace("/", "_"), drawn, kind="svg")
 
 
 def inspect_net(run: Run, folder: Path) -> dict[str, Any]:
     """Losses and figures of the run's checkpoint on the start of the validation text, or an error."""
-    from .figures import figures
+    from .figures import figures, loss_color, max_loss
     from .probes import token_label, token_losses
 
     if run.ckpt is None or run.checkpoint is None:
@@ -280,23 +319,35 @@ def inspect_net(run: Run, folder: Path) -> dict[str, Any]:
             raise ValueError("the validation text has fewer than two tokens")
     except (ValueError, OSError) as error:
         return {"error": str(error)}
-    losses, drawn = token_losses(net, ids), list[dict[str, Any]]()
-    labels = [token_label(tokenizer, i) for i in ids[1:].tolist()]
+    drawn = list[dict[str, Any]]()
     try:
         for name, figure in figures(net, tokenizer, ids, MAX_TOKENS):
-            drawn.append(save_figure(folder, name, figure, wide=True))
+            if name != "loss_per_character":  # the page has this one as text
+                drawn.append(save_figure(folder, name, figure))
     except Exception as error:  # matplotlib can raise anything
         drawn.append({"name": "after these", "error": str(error)[:200]})
-    tokens = list(zip(labels, losses.tolist(), strict=True))
-    return {"mean": losses.mean().item(), "tokens": tokens, "vmax": math.log(len(tokenizer)) + 1, "figures": drawn}
+    losses, vmax = token_losses(net, ids), max_loss(len(tokenizer))
+    labels = [token_label(tokenizer, i) for i in ids[1:].tolist()]
+    return {
+        "mean": losses.mean().item(),
+        "tokens": [(label, loss, loss_color(loss, vmax)) for label, loss in zip(labels, losses.tolist(), strict=True)],
+        "legend": [
+            (loss, f"1 in {math.exp(loss):,.0f}", loss_color(loss, vmax))
+            for loss in range(0, math.ceil(vmax), math.ceil(vmax / 8))
+        ],
+        "uniform": math.log(len(tokenizer)),
+        "vocab_size": len(tokenizer),
+        "figures": drawn,
+    }
 
 
-def shell_commands(run: Run) -> list[str]:
+def shell_commands(run: Run) -> list[tuple[str, str]]:
+    """What a command does, and the command: to train, validate and generate."""
     command = program_name()
-    commands = [f"{command} fit --config {shlex.quote(os.path.relpath(run.folder / 'config.yaml'))}"]
+    commands = [("train", f"{command} fit --config {shlex.quote(os.path.relpath(run.folder / 'config.yaml'))}")]
     if run.ckpt is not None:
         path = shlex.quote(os.path.relpath(run.ckpt))
-        commands += [f"{command} validate --ckpt_path {path}", f"{command} generate --ckpt_path {path}"]
+        commands += [(verb, f"{command} {verb} --ckpt_path {path}") for verb in ("validate", "generate")]
     return commands
 
 
@@ -304,7 +355,7 @@ def single_page(run: Run, folder: Path) -> dict[str, Any]:
     """The template's variables for one run."""
     return {
         "cards": run_summary(run),
-        "curves": curve_figures(run, folder),
+        "curves": list(curve_figures(run, folder)),
         "samples": {tag: spread_samples(texts) for tag, texts in run.samples.items()},
         "inside": inspect_net(run, folder),
         "hardware": run_hardware(run),
@@ -314,13 +365,16 @@ def single_page(run: Run, folder: Path) -> dict[str, Any]:
 
 def comparison_page(runs: list[Run], folder: Path) -> dict[str, Any]:
     """The template's variables for several runs."""
-    columns = [run_summary(run) | {"hardware": run_hardware(run)} for run in runs]
-    settings = [run.settings for run in runs]
+    columns = [run_summary(run) for run in runs]
+    settings = [run.settings | {"hardware": run_hardware(run)} for run in runs]
     names = sorted(name for name in set().union(*settings) if len({s.get(name) for s in settings}) > 1)
     return {
         "summary": {row: [column[row] for column in columns] for row in columns[0]},
+        "commands": [(run.name, shell_commands(run)[0][1]) for run in runs],
+        "inside": {},
+        "hardware": " / ".join(dict.fromkeys(map(run_hardware, runs))),
         "settings": {name: [s.get(name, "–") for s in settings] for name in names},
-        "curves": comparison_figures(runs, folder),
+        "curves": list(comparison_figures(runs, folder)),
         "samples": [[sample_parts(texts[-1][1]) for texts in run.samples.values()] for run in runs],
     }
 
@@ -338,14 +392,16 @@ def report(runs: list[str], output: str | None = None) -> None:
     except ImportError:
         raise ValueError("report needs matplotlib and jinja2: pip install 'tiny-lightning-gpt[plots]'") from None
     paths = runs or [str(find_checkpoint("last").parents[1])]
-    found = [read_run(find_run(path)) for path in paths]
+    found = [read_run(folder) for folder in dict.fromkeys(Path(os.path.abspath(find_run(path))) for path in paths)]
+    name_runs(found)
     title = found[0].name if len(found) == 1 else f"{len(found)} runs"
-    parent = os.path.commonpath([run.folder.absolute() for run in found])
+    parent = os.path.commonpath([run.folder for run in found])
     folder = Path(output) if output else Path(parent) / "report"
     folder.mkdir(parents=True, exist_ok=True)
+    best = min(found, key=lambda run: run.best("val/loss")[1])
     content = single_page(found[0], folder) if len(found) == 1 else comparison_page(found, folder)
     loader = PackageLoader(__package__, "")
     environment = Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    html = environment.get_template("report.html.jinja").render(title=title, runs=found, **content)
+    html = environment.get_template("report.html.jinja").render(title=title, runs=found, best=best, **content)
     atomic_write(folder / "report.html", html.encode(errors="replace"))
     print(os.path.relpath(folder / "report.html"))

@@ -188,7 +188,10 @@ def read_verified(path: Path) -> dict:
         raise ValueError(f"the checkpoint {path} can't be read as plain data and was not loaded: {reason}") from None
     parts = ("state_dict", "hyper_parameters", "datamodule_hyper_parameters")
     if not isinstance(checkpoint, dict) or any(not isinstance(checkpoint.get(part), dict) for part in parts):
-        raise ValueError(f"{path} is a PyTorch file, but not a lightning-gpt checkpoint, which has {', '.join(parts)}")
+        raise ValueError(
+            f"{path} is a PyTorch file, but not a lightning-gpt checkpoint, which has {', '.join(parts)} and "
+            "comes from training with a TextDataModule"
+        )
     file_format = checkpoint.get("format", PLAIN_FORMAT)
     if type(file_format) is not int or file_format not in (PLAIN_FORMAT, FORMAT, QUANTIZED_FORMAT):
         raise ValueError(

@@ -17,8 +17,8 @@ from ..checkpoint.io import RUNS_DIR
 from ..checkpoint.validation import MAX_INT, is_number, short_repr
 from ..data.tokenizers import REPLACEMENT
 from ..model.gpt import GPTConfig
+from .suggestions import CONFIGS, nearest, packaged_configs
 
-CONFIGS = Path(__file__).parents[1] / "configs"
 # fit may change all settings of a checkpoint but FIXED_IN_FIT, which its weights and its optimizer state depend on;
 # validate and test may change only FREE_IN_VALIDATE
 NET_SETTINGS = {field.name for field in dataclasses.fields(GPTConfig)} | {"lecture_step"}
@@ -356,9 +356,9 @@ def resolve_configs(args: list[str]) -> list[str]:
         if args[i - 1] in ("--config", "-c") and not Path(arg).exists():
             packaged = CONFIGS / f"{arg}.yaml"
             if not packaged.exists():
-                files = sorted(file.relative_to(CONFIGS).with_suffix("") for file in CONFIGS.glob("**/*.yaml"))
-                names = ", ".join(file.as_posix() for file in files)
-                raise FileNotFoundError(f"--config {arg} is neither a file nor one of the packaged {names}")
+                names = packaged_configs()
+                near = f": did you mean {name}?" if (name := nearest(arg, names)) else f" {', '.join(names)}"
+                raise FileNotFoundError(f"--config {arg} is neither a file nor one of the packaged configs{near}")
             args[i] = str(packaged)
     if args[:1] == ["fit"] and not {"--config", "-c", "--ckpt_path"} & {arg.split("=")[0] for arg in args}:
         lecture_step = re.search(r"--model\.lecture_step[= ](\w+)", " ".join(args))

@@ -2,6 +2,8 @@
 
 import json as json_format
 import math
+import os
+import stat
 import sys
 import time
 from contextlib import suppress
@@ -36,6 +38,15 @@ SEPARATOR = "\n" + "-" * 40 + "\n"  # between two samples
 def read_input(file: str, tokenizer: Tokenizer) -> str:
     """The text of a UTF-8 file, or of stdin for `-`, with newlines normalized as in training."""
     return read_text(file, keep_returns="\r" in tokenizer.vocabulary)
+
+
+def read_pipe(tokenizer: Tokenizer) -> str:
+    """The text that a pipe or a file gives to stdin, without its last newline, which `echo` adds; "" without one."""
+    with suppress(OSError, ValueError):  # a notebook's stdin is no file
+        mode = os.fstat(sys.stdin.fileno()).st_mode
+        if stat.S_ISFIFO(mode) or stat.S_ISREG(mode):
+            return read_input("-", tokenizer).removesuffix("\n")
+    return ""
 
 
 def load_with_path(
@@ -88,8 +99,9 @@ def generate_command(
     Args:
         ckpt_path: checkpoint to sample from; best or last is the newest file of that name below checkpoints/. Until a
             run has saved one, best is a small net that comes with the package.
-        prompt: the text to continue; null is a newline, or the vocabulary's first character if it has no newline.
-        prompt_file: a file with the prompt; - is stdin.
+        prompt: the text to continue; null is what a pipe gives, or else a newline, or the vocabulary's first character
+            if it has no newline.
+        prompt_file: a file with the prompt; - is stdin, with its last newline.
         max_new_tokens: number of tokens to generate (characters, for a character tokenizer).
         temperature: divides the logits; below 1 is safer, above 1 more varied, and 0 takes the likeliest token.
         top_k: sample from the k likeliest tokens only; null samples from all.
@@ -124,7 +136,9 @@ def generate_command(
     if output and (Path(output).is_dir() or not Path(output).absolute().parent.is_dir()):
         raise ValueError(f"output={output} can't be written: it is a folder, or its folder does not exist")
     net, tokenizer, path = load_with_path(ckpt_path, device, precision)
-    prompt = read_input(prompt_file, tokenizer) if prompt_file else prompt or ""
+    if prompt is None and not interactive:
+        prompt = read_input(prompt_file, tokenizer) if prompt_file else read_pipe(tokenizer)
+    prompt = prompt or ""
     sampling: dict[str, Any] = {
         "temperature": temperature,
         "top_k": top_k,

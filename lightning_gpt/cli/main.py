@@ -3,13 +3,17 @@
 import ctypes
 import errno
 import os
+import shlex
 import sys
 from collections.abc import Callable
 from importlib import import_module
 from inspect import signature
 
+from .. import __version__
 from ..errors import escape_unprintable, is_out_of_memory, message_with_notes, print_error
+from .help import requested_help, short_help, usage
 from .parser import Parser
+from .suggestions import nearest_command, spell_out
 
 # commands without a Trainer, as module:function; they start quickly because importing Lightning takes seconds
 COMMANDS = {
@@ -48,25 +52,56 @@ HELP = """lightning-gpt COMMAND [options]; each COMMAND has its own --help.
 
 def dispatch(args: list[str]) -> None:
     """Run the subcommand that `args` begins with, or print the help."""
+    if args[:1] == ["help"]:
+        args = [*args[1:2], "--help"]
     if args in ([], ["-h"], ["--help"]):
         print(HELP)
-    elif args[0] in COMMANDS:
+        return
+    if args in (["--version"], ["-V"], ["version"]):
+        print(f"lightning-gpt {__version__}")
+        return
+    check_command(args)
+    args = spell_out(args)
+    if args[0] in COMMANDS:
         module, _, name = COMMANDS[args[0]].partition(":")
         function = getattr(import_module(f"lightning_gpt.{module}"), name or args[0])
-        parser = Parser(prog=f"lightning-gpt {args[0]}", description=function.__doc__.split("\n")[0])
+        parser = Parser(prog=usage(args[0]), description=function.__doc__.split("\n")[0])
         parser.add_argument("--config", action="config", help="A YAML file with any of these options.")
         positional = [name for name in signature(function).parameters if name == "runs"]
         for name in positional:
             parser.add_argument(name, nargs="*", default=[], help="Run folders; default: the newest run.")
         parser.add_function_arguments(function, skip=set(positional))
+        if wanted := requested_help(args):
+            if wanted == "all":
+                parser.print_help()
+            else:
+                names = [action.dest for action in parser._actions if action.dest not in ("help", "print_config")]
+                print(short_help(parser, dict(parser.get_defaults().items()), {"": names}))
+            return
         options = parser.parse_args(args[1:])
         function(**{key: value for key, value in options.items() if key != "config"})
-    elif args[0] not in TRAINING and not args[0].startswith("-"):
-        raise ValueError(f"there is no command {args[0]!r}: use {', '.join(TRAINING)} or {', '.join(COMMANDS)}")
     else:
         from .train import train
 
         train(args)
+
+
+def check_command(args: list[str]) -> None:
+    """Raises ValueError unless `args` begins with a command; the message names the one that is meant."""
+    commands = [*TRAINING, *COMMANDS]
+    if args[0] in commands:
+        return
+    later = [arg for arg in args if arg in commands]
+    if args[0].startswith("-") and later:
+        args.remove(later[0])
+        raise ValueError(f"the command comes first: lightning-gpt {shlex.join([later[0], *args])}")
+    if args[0].startswith("-"):
+        raise ValueError(
+            f"the command comes first, as in lightning-gpt fit {args[0]}; commands are {', '.join(commands)}"
+        )
+    meant = nearest_command(args[0], commands)
+    remedy = f"did you mean {meant}?" if meant else f"use {', '.join(commands)}"
+    raise ValueError(f"there is no command {args[0]!r}: {remedy}")
 
 
 def tune_allocator() -> None:

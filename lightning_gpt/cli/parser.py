@@ -11,6 +11,7 @@ import jsonargparse
 import yaml
 
 from ..errors import print_error
+from .suggestions import nearest_argument, nearest_option, wrong_value
 
 
 class Dumper(yaml.SafeDumper):
@@ -21,6 +22,9 @@ FLOAT_WITH_EXPONENT = re.compile(r"[-+]?(\d[\d_]*\.?[\d_]*|\.[\d_]+)[eE][-+]?\d+
 Dumper.add_implicit_resolver("tag:yaml.org,2002:float", FLOAT_WITH_EXPONENT, list("-+.0123456789"))
 as_yaml = partial(yaml.dump, Dumper=Dumper, default_flow_style=False, allow_unicode=True, sort_keys=False)
 jsonargparse.set_dumper("yaml", as_yaml)
+
+
+WRONG_VALUE = re.compile(r'.*Parser key "(?P<key>[^"]+)":.*(Got value|Given value|load config):? (?P<value>.*)')
 
 
 class LiteralText(str):
@@ -57,10 +61,39 @@ class Parser(jsonargparse.ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         message = " ".join(message.split())
+        if found := re.match(r"unrecognized arguments: (\S+)", message):
+            message = self.explain_unknown(found[1])
+        elif found := re.search(r"option '(\S+)'$|Option '(\S+)' is not accepted$", message):  # in a config
+            message = self.explain_unknown(f"--{found[1] or found[2]}")
+        elif found := re.match(r'Linked "(\S+)" must be given via "(\S+)"', message):
+            message = f"--{found[1]} follows from --{found[2]}: give that one"
+        elif found := re.match(r"the following arguments are required: (.*)", message):
+            message = f"--{found[1].replace(', ', ' and --')} must be given"
+        elif found := re.search(WRONG_VALUE, message):
+            message = self.explain_value(found["key"], found["value"].strip("'\"")) or message
         if message.endswith("expected one argument"):
             message += "; for a value that begins with a dash, use an equals sign, as in --prompt=-x"
         print_error(message)
         sys.exit(2)
+
+    def explain_unknown(self, arg: str) -> str:
+        """A sentence about an option that does not exist, or about a word where none is expected."""
+        parsers = [self, *(self._subcommands_action.choices.values() if self._subcommands_action else ())]
+        actions = {name: action for parser in parsers for name, action in parser._option_string_actions.items()}
+        options = [name for name, action in actions.items() if not hasattr(action, "source")]  # not those that follow
+        name = arg.split("=")[0]
+        if arg.startswith("-"):
+            meant, problem = nearest_option(name, options), f"there is no option {name}"
+        else:
+            meant, problem = nearest_argument(arg, options), f"the word {arg!r} follows no option"
+        return f"{problem}: did you mean {meant}?" if meant else f"{problem}; --help lists the options"
+
+    def explain_value(self, key: str, value: str) -> str | None:
+        """A sentence about a value that its option does not take; None if jsonargparse's own is better."""
+        if key == "data":
+            return f"--data {value}: did you mean --data.corpus {value}?"
+        action = self._option_string_actions.get(f"--{key}")
+        return wrong_value(key, value, getattr(action, "_typehint", None))
 
     def parse_args(self, args=None, *rest, **kwargs):  # type: ignore[override]
         """As jsonargparse does, but a class's own option also works without `=`: --trainer.callbacks.option VALUE."""

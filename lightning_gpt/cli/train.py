@@ -7,16 +7,18 @@ import signal
 import sys
 import threading
 import warnings
-from contextlib import nullcontext, suppress
+from collections.abc import Iterable
+from contextlib import ExitStack, nullcontext, suppress
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import lightning as L
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import EarlyStopping, ProgressBar, Timer
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import Logger, WandbLogger
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from torch import distributed as dist
@@ -25,12 +27,12 @@ from ..checkpoint.io import RUNS_DIR, checkpoint_summary, find_checkpoint, read_
 from ..checkpoint.validation import STAGES, stage_of
 from ..data.datamodule import TextDataModule
 from ..data.tokenizers import CharTokenizer
-from ..errors import lossy_output, message_with_notes, print_error, print_info, program_name
+from ..errors import import_optional, lossy_output, message_with_notes, print_error, print_info, program_name
 from ..inference.text import find_or_packaged, load, stream
 from ..model.lecture import LECTURE_STEPS, check_lecture_settings
 from ..training.callbacks import SampleText, TrainingProgress, ValidateAtEnd, check_monitors
 from ..training.checkpointing import AsyncCheckpointIO, CheckpointSaver, ConfigSaver, StopOnSignal, TrainingInterrupted
-from ..training.logger import RunLogger, create_run_folder, lock_run_folder
+from ..training.logger import RunCSVLogger, RunLogger, create_run_folder, lock_run_folder, remove_if_empty, wandb_run_in
 from ..training.module import DivergenceError, LanguageModel
 from ..training.monitoring import Throughput, UpdateRatios
 from ..training.strategies import (
@@ -54,9 +56,11 @@ from .config import (
     resolve_configs,
     resumes_in_place,
     run_settings,
+    setting_names,
     to_quoted_yaml,
 )
 from .generate import describe_checkpoint
+from .help import FIT, TEXTS, VALIDATE, requested_help, short_help, usage
 from .parser import Parser
 
 TRAINER_DEFAULTS = {
@@ -81,13 +85,11 @@ class CLI(LightningCLI):
 
     model_class: type[LanguageModel] = LanguageModel
     data_class: type[L.LightningDataModule] = TextDataModule
-    fit_description = (
-        "Train a model. The default --config is laptop, or that of --model.lecture_step. --ckpt_path resumes a run."
-    )
+    fit_description = "Train a model, or resume a run with --ckpt_path. Without --config, values are those of laptop."
     run_folder: Path | None = None  # of the run that resumes in place
     start_step = 0
     saver: CheckpointSaver | None = None
-    lock: int | None = None  # file descriptor that locks the run's folder
+    cleanup: ExitStack  # left when the subcommand ends
     requested_checkpoint: str | None = None  # as given: a path, best or last
     resume_state: dict[str, Any] | None = None  # loops, callbacks and, as meta tensors, the optimizer's state
 
@@ -117,6 +119,8 @@ class CLI(LightningCLI):
         parser.link_arguments("seed_everything", "data.seed", compute_fn=int)
 
     def parse_arguments(self, parser, args) -> None:
+        if wanted := requested_help(args):
+            self.print_help(parser, args, wanted)
         self.config = parser.parse_args(args)
         command = self.config.subcommand
         if self.config[command].ckpt_path is None:  # a run's config.yaml sets null, even after the flag
@@ -133,6 +137,26 @@ class CLI(LightningCLI):
             check_fit_settings(self.config.fit)
             check_remaining(self.config.fit.trainer, {})
 
+    def print_help(self, parser, args: list[str], wanted: str) -> NoReturn:
+        """Prints the help, with the values that the configs and flags in `args` give, and ends the process."""
+        command = args[0]
+        of_command = parser._subcommands_action.choices[command]
+        for action in of_command._actions:
+            if action.dest == "ckpt_path":  # Lightning's text speaks of its own registry and keywords
+                action.help = TEXTS["ckpt_path"]
+        name = self.stage if command == "fit" else command
+        of_command.prog = usage(name)
+        if wanted == "all":
+            of_command.print_help()
+        else:
+            groups = {group: names.split() for group, names in (FIT if command == "fit" else VALIDATE).items()}
+            if command == "fit":
+                groups["model"] += sorted(setting_names(self.model_class) - setting_names(LanguageModel))
+                groups["data"] += sorted(setting_names(self.data_class) - setting_names(TextDataModule))
+            values = parser.parse_args([arg for arg in args if arg not in ("-h", "--help")])[command]
+            print(short_help(of_command, dict(values.items()), groups))
+        sys.exit(0)
+
     def start_from_checkpoint(self, parser, args: list[str], command: str) -> None:
         path = find_checkpoint(self.config[command].ckpt_path or "best", [self.stage])
         checkpoint = read_checkpoint(path)
@@ -146,7 +170,7 @@ class CLI(LightningCLI):
             raise ValueError(f"the settings in the checkpoint {path} are invalid: {error}") from None
         with_classes: dict[str, Any] = {}
         missing: list[str] = []
-        given = list(self.config[command].trainer.callbacks or [])
+        given = {key: self.config[command].trainer[key] for key in ("callbacks", "logger")}
         if command == "fit":
             with_classes, missing = class_settings(path, checkpoint, self.config.fit.trainer.default_root_dir)
         # the checkpoint's settings come first, so that configs and flags override them ...
@@ -156,10 +180,11 @@ class CLI(LightningCLI):
         )
         config = self.config[command]
         fill_from_checkpoint(config, settings)
-        if given and len(config.trainer.callbacks) > len(given):  # appended to the run's: drop those given again
-            classes = {callback.class_path for callback in given}
-            restored = config.trainer.callbacks[: -len(given)]
-            config.trainer.callbacks = [one for one in restored if one.class_path not in classes] + given
+        for key, ones in given.items():  # appended to the run's: drop those given again
+            if isinstance(ones, list) and 0 < len(ones) < len(config.trainer[key]):
+                classes = {one.class_path for one in ones}
+                restored = config.trainer[key][: -len(ones)]
+                config.trainer[key] = [one for one in restored if one.class_path not in classes] + ones
         if config.data.on_unknown == "extend" == checkpoint["datamodule_hyper_parameters"].get("on_unknown"):
             config.data.on_unknown = "error"  # the vocabulary has been extended
         # ... except for those that must not differ
@@ -215,8 +240,7 @@ class CLI(LightningCLI):
             board = RunLogger(root, config.name, default_hp_metric=False)
         self.board, self.runs = board, root / config.name
         self.save_config_kwargs = {"board": board}
-        if given.logger is None or given.logger is True:
-            kwargs["logger"] = board if fit else False
+        kwargs["logger"] = self.loggers(self.config_init[self.config.subcommand].trainer.logger, fit)
         given_callbacks = self.config_init[self.config.subcommand].trainer.callbacks or []
         given_callbacks = list(given_callbacks) if isinstance(given_callbacks, (list, tuple)) else [given_callbacks]
         no_bar = given.enable_progress_bar is False or any(isinstance(each, ProgressBar) for each in given_callbacks)
@@ -266,6 +290,16 @@ class CLI(LightningCLI):
         check_world_size(trainer)
         return trainer
 
+    def before_instantiate_classes(self) -> None:
+        if "WandbLogger" in str(self.config[self.config.subcommand].trainer.logger):
+            import_optional("wandb", "wandb")
+
+    def loggers(self, given: Any, fit: bool) -> list[Logger] | bool:
+        """TensorBoard's logger and those that the config names."""
+        if given is None or isinstance(given, bool):
+            return [self.board] if fit and given is not False else False
+        return [self.board] * fit + (list(given) if isinstance(given, Iterable) else [given])
+
     def check_resume_state(self, state: dict[str, Any], subcommand: str) -> None:
         """Raises ValueError if Lightning can't resume from this state of a checkpoint."""
         loop = f"{subcommand}_loop"
@@ -303,7 +337,14 @@ class CLI(LightningCLI):
             self.model.init_from = None
         if self.trainer.is_global_zero and not self.trainer.fast_dev_run:
             self.board.folder = self.run_folder or create_run_folder(self.runs)
-            self.lock = lock_run_folder(self.board.folder)
+            self.cleanup.callback(remove_if_empty, self.board.folder)
+            if (lock := lock_run_folder(self.board.folder)) is not None:
+                self.cleanup.callback(os.close, lock)
+            for logger in self.trainer.loggers:
+                if isinstance(logger, RunCSVLogger):
+                    logger.folder, logger.start_step = self.board.folder, self.start_step
+                elif isinstance(logger, WandbLogger):
+                    self.cleanup.enter_context(wandb_run_in(self.board.folder, logger))
             if self.saver is not None:
                 self.saver.folder = self.board.folder / "checkpoints"
         if self.trainer.is_global_zero:
@@ -344,7 +385,7 @@ class CLI(LightningCLI):
             f"{self.throughput.seconds:.1f} s of training\n{path}\n"
         )
         use = self.show_result(path)
-        print(f"\nNext:\n  {program} {use}\n  {program} validate --ckpt_path {path}")
+        print(f"\nNext:\n  {program} {use}\n  {program} validate {path}")
 
     def loss_unit(self) -> str:
         return f" nats per {'character' if isinstance(self.datamodule.tokenizer, CharTokenizer) else 'token'}"
@@ -354,7 +395,7 @@ class CLI(LightningCLI):
         for piece in stream(*load(path), max_new_tokens=300):
             print(piece, end="", flush=True)
         print()
-        return "generate" if self.datamodule.tokenizer.unknown("ROMEO:") else 'generate --prompt "ROMEO:"'
+        return "generate" if self.datamodule.tokenizer.unknown("ROMEO:") else 'generate "ROMEO:"'
 
     def _run_subcommand(self, subcommand: str) -> None:
         if self.resume_state:
@@ -362,7 +403,7 @@ class CLI(LightningCLI):
             if subcommand == "fit":
                 check_remaining(self.config.fit.trainer, self.resume_state)
         try:
-            with lossy_output() if subcommand == "fit" else nullcontext():
+            with ExitStack() as self.cleanup, lossy_output() if subcommand == "fit" else nullcontext():
                 super()._run_subcommand(subcommand)
         except SystemExit:
             if self.trainer.interrupted and self.trainer.is_global_zero:  # by Ctrl-C without StopOnSignal
@@ -375,10 +416,6 @@ class CLI(LightningCLI):
             if self.trainer.world_size > 1 and is_peer_lost(error):
                 raise PeerLostError from None
             raise
-        finally:
-            if self.lock is not None:
-                os.close(self.lock)
-                self.lock = None
 
 
 def cli_for(args: list[str]) -> type[CLI]:
@@ -419,7 +456,9 @@ def stop_reason(trainer: L.Trainer) -> str:
         return f"trainer.max_steps={trainer.max_steps} is reached"
     for callback in trainer.callbacks:
         if isinstance(callback, EarlyStopping) and callback.stopping_reason_message:
-            reason = callback.stopping_reason_message.replace(" Signaling Trainer to stop.", "")
+            reason = callback.stopping_reason_message.replace(" Signaling Trainer to stop.", "").replace(
+                " records", " validations"
+            )
             return f"EarlyStopping with patience={callback.patience}: {reason}"
         if isinstance(callback, Timer) and (left := callback.time_remaining()) is not None and left <= 0:
             return f"trainer.max_time is reached ({callback.time_elapsed():.0f} s of training)"

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import lightning as L
 import torch
@@ -17,7 +17,7 @@ from .augment import NameAugmenter
 from .corpus import TINY_SHAKESPEARE, find_files, read_files, report_changes
 from .token_cache import CACHE_FROM_BYTES, cached_tokens
 from .tokenizers import Tokenizer, TokenizerSettings, build_from_state, build_tokenizer, smallest_dtype
-from .windows import RandomWindows, SequentialWindows, derive_seed, open_token_file
+from .windows import Pairs, RandomWindows, SequentialWindows, derive_seed, inputs_and_targets, open_token_file
 
 
 class Corpus(NamedTuple):
@@ -99,6 +99,7 @@ class TextDataModule(L.LightningDataModule):
     """Tiny Shakespeare or any other text, as windows of token ids.
 
     The first part of the text is the training split, the rest the validation split, which is also the test split.
+    Without a Trainer, the loaders yield pairs of inputs and targets (B, T), int64; training batches never end.
 
     Args:
         corpus: a UTF-8 text file, a folder of .txt files, a pattern such as plays/*.md, or a comma-separated list of
@@ -128,6 +129,7 @@ class TextDataModule(L.LightningDataModule):
     """
 
     vocab_size: int  # linked to model.vocab_size by the command line
+    fixed_shape = True  # of all training batches, so that a step can be captured
 
     def __init__(
         self,
@@ -203,8 +205,17 @@ class TextDataModule(L.LightningDataModule):
             nearest = f"{low} or {low + devices}" if low else f"{devices}"
             raise ValueError(f"data.batch_size={batch_size} is not divisible by the {devices} devices: use {nearest}")
 
-    def train_dataloader(self) -> RandomWindows:
-        t, hp = self.trainer, self.hparams
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"trainer": None}  # a Trainer's running loops can't be pickled
+
+    def running_trainer(self) -> L.Trainer | None:
+        """The Trainer while it runs; None before, after and without one."""
+        return self.trainer if self.trainer is not None and self.trainer.state.status == "running" else None
+
+    def train_dataloader(self) -> RandomWindows | Pairs:
+        t, hp = self.running_trainer(), self.hparams
+        if t is None:
+            return Pairs(RandomWindows(self.train_tokens, hp.block_size, hp.batch_size, hp.seed))
         self.check_batch_size(t.world_size)
         if not isinstance(t.limit_train_batches, int) and (t.max_epochs or 0) > 0:
             raise ValueError(
@@ -223,15 +234,19 @@ class TextDataModule(L.LightningDataModule):
             self.train_tokens, hp.block_size, hp.batch_size, hp.seed, numbers, t.global_rank, t.world_size
         )
 
-    def val_dataloader(self) -> SequentialWindows:
-        t, hp = self.trainer, self.hparams
+    def val_dataloader(self) -> SequentialWindows | Pairs:
+        t, hp = self.running_trainer(), self.hparams
+        if t is None:
+            return Pairs(SequentialWindows(self.val_tokens, hp.block_size, hp.batch_size))
         per_rank = max(1, hp.batch_size // t.world_size)
         return SequentialWindows(self.val_tokens, hp.block_size, per_rank, t.global_rank, t.world_size)
 
-    def test_dataloader(self) -> SequentialWindows:
+    def test_dataloader(self) -> SequentialWindows | Pairs:
+        return self.val_dataloader()
+
+    def predict_dataloader(self) -> SequentialWindows | Pairs:
         return self.val_dataloader()
 
     def on_after_batch_transfer(self, window: Tensor, dataloader_idx: int) -> tuple[Tensor, Tensor]:
-        """Returns inputs and targets (B, T), int64; until here tokens have the smallest dtype, to copy fewer bytes."""
-        window = window.long()
-        return window[:, :-1], window[:, 1:]
+        """Returns inputs and targets (B, T): windows are copied to the device in their small dtype."""
+        return inputs_and_targets(window)

@@ -47,6 +47,22 @@ def open_token_file(path: str, token_dtype: str, vocab_size: int) -> Tensor:
     return memory_map(path, token_dtype)
 
 
+def inputs_and_targets(windows: Tensor) -> tuple[Tensor, Tensor]:
+    """Returns the inputs and the targets (B, T), int64, of windows (B, T + 1) of any dtype."""
+    windows = windows.long()
+    return windows[:, :-1], windows[:, 1:]
+
+
+class Pairs:
+    """The batches of a loader of windows as pairs of inputs and targets, for loops without a Trainer."""
+
+    def __init__(self, windows: Iterable[Tensor]):
+        self.windows = windows
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return map(inputs_and_targets, self.windows)
+
+
 class RandomWindows:
     """Endless training batches; batch k is a pure function of (seed, k), so resuming needs no state.
 

@@ -1,7 +1,9 @@
 """Callbacks for samples, progress and a validation of the final weights; those that save are in checkpointing.py."""
 
+import shutil
 import sys
 import time
+from contextlib import suppress
 from itertools import groupby
 from typing import cast
 
@@ -20,11 +22,12 @@ from .strategies import FSDP2Strategy
 
 
 class SampleText(L.Callback):
-    """Continues each prompt after each validation; logs all samples to TensorBoard and prints the first one.
+    """Continues each prompt after each validation; logs all samples and prints the first one.
 
-    Each prompt gets the text `samples/PROMPT`. `samples/longest_copy` and `samples/copied_share` measure how much of
-    the samples is copied verbatim from the training text, see data/ngram_index.py. Samples do not change training: they
-    use a separate random generator, so runs with and without them are bit-identical.
+    Each prompt gets the text `samples/PROMPT` in TensorBoard and a row of the table `samples` in W&B.
+    `samples/longest_copy` and `samples/copied_share` measure how much of the samples is copied verbatim from the
+    training text, see data/ngram_index.py. Samples do not change training: they use a separate random generator, so
+    runs with and without them are bit-identical.
 
     Args:
         prompts: texts to continue; null takes a few that the vocabulary can encode. Prompts with the same number of
@@ -53,6 +56,8 @@ class SampleText(L.Callback):
         self.ngram_index: NgramIndex | None = None
 
     def setup(self, trainer: L.Trainer, lm: L.LightningModule, stage: str) -> None:
+        if trainer.datamodule is None:
+            raise ValueError("SampleText needs the tokenizer of a TextDataModule: give one to the Trainer's method")
         tokenizer = trainer.datamodule.tokenizer
         for prompt in self.prompts or []:
             if not prompt:
@@ -99,6 +104,7 @@ class SampleText(L.Callback):
         n, unit = self.ngram_index.n, "characters" if isinstance(data.tokenizer, CharTokenizer) else "tokens"
         generated = [ids[-self.length :] for _, ids in samples]
         found = [self.ngram_index.find(ids) for ids in generated]
+        rows = []
         for (prompt, _), ids, text, (start, length, share) in zip(samples, generated, texts, found, strict=True):
             copied = data.tokenizer.decode(ids[start : start + length])
             code = repr(copied).replace("`", "'")  # without backticks, as it is set as Markdown code
@@ -107,10 +113,16 @@ class SampleText(L.Callback):
                 f"Longest run copied from the training text: {run}. {share:.0%} of all runs of {n} {unit} occur there "
                 f"(validation text: {self.val_copied_share:.0%})."
             )
-            for logger in trainer.loggers:
-                if hasattr(logger.experiment, "add_text"):
-                    tag = "samples/" + prompt.replace("\n", "↵")
-                    fenced = text.replace("`", "'")  # three backticks would end the block
+            rows.append([prompt, text, summary])
+        for logger in trainer.loggers:
+            if hasattr(logger, "log_text"):  # WandbLogger
+                logger.log_text("samples", ["prompt", "text", "copied"], rows, step=step)
+            elif hasattr(logger.experiment, "add_text"):
+                for prompt, text, summary in rows:
+                    tag, fenced = (
+                        "samples/" + prompt.replace("\n", "↵"),
+                        text.replace("`", "'"),
+                    )  # ``` would end the block
                     logger.experiment.add_text(tag, f"```\n{fenced}\n```\n\n{summary}", step)
         _, lengths, shares = zip(*found, strict=True)
         for logger in trainer.loggers:
@@ -154,9 +166,13 @@ class ValidateAtEnd(L.Callback):
 
 
 class TrainingProgress(TQDMProgressBar):
-    """Shows losses, the best so far, speed and time left in one bar; prints plain lines without a terminal."""
+    """Shows the step, time left, losses and the best so far in one bar, and prints a line for each validation.
 
-    SECONDS = 10  # of training between two plain lines
+    Without a terminal it prints lines only. A terminal shows the speed from 100 columns on.
+    """
+
+    SECONDS = 10  # of training between two lines without a terminal
+    TRAINING_FORMAT = "step {n_fmt}/{total_fmt} |{bar}| {remaining} left{postfix}"
 
     def __init__(self):
         in_notebook = type(sys.stdout).__module__.startswith("ipykernel")  # not a terminal, but it can draw bars
@@ -171,20 +187,21 @@ class TrainingProgress(TQDMProgressBar):
     def init_validation_tqdm(self) -> Tqdm:
         return Tqdm(disable=True)  # one bar is enough
 
+    def init_train_tqdm(self) -> Tqdm:
+        bar = super().init_train_tqdm()
+        bar.bar_format = self.TRAINING_FORMAT
+        return bar
+
     def on_train_start(self, trainer: L.Trainer, *_) -> None:
         super().on_train_start(trainer, *_)
         self.start, self.start_step = time.monotonic(), trainer.global_step
         bar = self.train_progress_bar
-        bar.initial = bar.n = trainer.fit_loop.total_batch_idx + 1  # initial: the speed counts new steps only
-        self.set_up_bar(trainer)
+        bar.total = trainer.max_steps
+        bar.initial = bar.n = trainer.global_step  # initial: the speed counts new steps only
+        bar.refresh()
 
     def on_train_epoch_start(self, trainer: L.Trainer, *_) -> None:
-        super().on_train_epoch_start(trainer)  # not called when a run resumes within an epoch
-        self.set_up_bar(trainer)
-
-    def set_up_bar(self, trainer: L.Trainer) -> None:
-        self.train_progress_bar.set_description("Training")
-        self.train_progress_bar.total = trainer.max_steps * trainer.accumulate_grad_batches
+        """Does nothing: the bar counts the steps of all epochs."""
 
     def get_metrics(self, trainer: L.Trainer, lm: L.LightningModule) -> dict[str, int | str | float | dict[str, float]]:
         logged = trainer.callback_metrics
@@ -192,7 +209,8 @@ class TrainingProgress(TQDMProgressBar):
         metrics: dict[str, int | str | float | dict[str, float]] = {
             name: f"{logged[key]:.3f}" for name, key in shown.items() if key in logged
         }
-        if (speed := logged.get("perf/tokens_per_second")) is not None:
+        is_wide = not sys.stdout.isatty() or shutil.get_terminal_size().columns >= 100
+        if is_wide and (speed := logged.get("perf/tokens_per_second")) is not None:
             metrics["tokens/s"] = f"{speed:,.0f}"
         return metrics
 
@@ -204,15 +222,26 @@ class TrainingProgress(TQDMProgressBar):
         print(f"step {trainer.global_step}/{trainer.max_steps}  {values}", flush=True)
         self.last_line = time.monotonic()
 
-    def on_train_batch_end(self, trainer: L.Trainer, lm: L.LightningModule, outputs, batch, batch_idx: int) -> None:
-        if self.has_bar:
-            super().on_train_batch_end(trainer, lm, outputs, batch, batch_idx)
+    def on_train_batch_end(self, trainer: L.Trainer, lm: L.LightningModule, *_) -> None:
+        bar, step = self.train_progress_bar, trainer.global_step
+        if self.is_enabled:
+            if step > bar.n and (step % self.refresh_rate == 0 or step == bar.total):
+                bar.n = step
+                bar.set_postfix(self.get_metrics(trainer, lm))
         elif trainer.is_global_zero and time.monotonic() - self.last_line > self.SECONDS:
             self.plain_line(trainer, lm)
 
     def on_validation_end(self, trainer: L.Trainer, lm: L.LightningModule) -> None:
+        if trainer.state.fn == "fit" and not trainer.sanity_checking and trainer.is_global_zero:
+            if self.has_bar:
+                val, best = (trainer.callback_metrics[f"val/{name}"] for name in ("loss", "best"))
+                self.train_progress_bar.n = trainer.global_step
+                self.print(f"step {trainer.global_step}/{trainer.max_steps}  val/loss {val:.4f}  best {best:.4f}")
+            else:
+                self.plain_line(trainer, lm)
         super().on_validation_end(trainer, lm)
-        if trainer.sanity_checking or self.has_bar or trainer.state.fn != "fit":
-            return
-        if trainer.is_global_zero:
-            self.plain_line(trainer, lm)
+
+    def on_exception(self, trainer: L.Trainer, *_) -> None:
+        with suppress(TypeError):  # there is no bar yet
+            self.train_progress_bar.n = trainer.global_step
+            self.train_progress_bar.close()  # what is printed next starts a new line

@@ -283,7 +283,7 @@ class ConfigSaver(SaveConfigCallback):
             )
         for logger in trainer.loggers:
             if hasattr(logger.experiment, "add_text"):
-                logger.experiment.add_text("run/config", f"```yaml\n{self.text()}\n```", trainer.global_step)
+                logger.experiment.add_text("settings/config", f"```yaml\n{self.text()}\n```", trainer.global_step)
 
     def on_save_checkpoint(self, trainer: L.Trainer, lm: L.LightningModule, checkpoint: dict) -> None:
         checkpoint["config"] = self.text()

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 import jsonargparse
 import lightning as L
+from lightning.pytorch.callbacks import LearningRateFinder
 from lightning.pytorch.cli import LightningCLI
 
 OVERRIDES = [
@@ -65,6 +66,11 @@ def start_method(strategy: Any) -> str | None:
     return getattr(strategy.launcher, "_start_method", None)
 
 
+def is_from_tuner(finder: LearningRateFinder) -> bool:
+    """Whether Tuner.lr_find runs this callback, once; a Trainer's own would sweep in every fit."""
+    return finder._early_exit
+
+
 def missing_names() -> list[str]:
     """Sentences about the private names that the installed versions lack."""
     trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False)
@@ -84,6 +90,7 @@ def missing_names() -> list[str]:
         (trainer._checkpoint_connector, "dump_checkpoint"),
         (L.pytorch.strategies.ModelParallelStrategy(), "_data_parallel_size"),
         (forked.strategy.launcher, "_start_method"),
+        (LearningRateFinder(), "_early_exit"),
         (action, "_typehint"),
         (parser, "_option_string_actions"),
     ]

@@ -1,17 +1,24 @@
-"""Creates and locks the folder of a run, and writes TensorBoard's files so that a full disk does not stop training."""
+"""Creates and locks the folder of a run; loggers for TensorBoard and CSV whose failed writes do not stop training."""
 
+import csv
 import errno
+import io
 import os
 import re
 import sys
 import threading
 import time
-from contextlib import suppress
-from itertools import count
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from itertools import chain, count
 from pathlib import Path
+from typing import Any
 
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger, WandbLogger
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch.utils.tensorboard import SummaryWriter
+
+from ..checkpoint.io import atomic_write
 
 
 def create_run_folder(runs: Path) -> Path:
@@ -23,6 +30,11 @@ def create_run_folder(runs: Path) -> Path:
             (runs / f"version_{n}").mkdir()
             break
     return runs / f"version_{n}"
+
+
+def remove_if_empty(folder: Path) -> None:
+    with suppress(OSError):
+        folder.rmdir()
 
 
 def lock_run_folder(folder: Path) -> int | None:
@@ -51,6 +63,27 @@ def lock_run_folder(folder: Path) -> int | None:
         os.close(lock)
         return None
     return lock
+
+
+def append_bytes(path: str | Path, data: bytes) -> None:
+    """Appends all of `data` to an existing file, or nothing.
+
+    Raises:
+        OSError: the data can't be written.
+    """
+    size = os.path.getsize(path)
+    try:
+        with open(path, "ab", buffering=0) as file:
+            if file.write(data) < len(data):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    except OSError:
+        with suppress(OSError):
+            os.truncate(path, size)
+        raise
+
+
+def warn(path: str | Path, message: str) -> None:
+    print(f"warning: {os.path.relpath(path)}: {message}", file=sys.stderr, flush=True)
 
 
 class BufferedEventFile:
@@ -85,35 +118,25 @@ class BufferedEventFile:
                 self.try_write()
 
     def try_write(self) -> None:
-        size = 0
         try:
-            size = os.path.getsize(self.path)
-            with open(self.path, "ab", buffering=0) as file:
-                data = b"".join(self.pending)
-                if file.write(data) < len(data):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            append_bytes(self.path, b"".join(self.pending))
         except OSError as error:
-            with suppress(OSError):
-                os.truncate(self.path, size)
             if not self.failed:
-                self.warn(f"{error.strerror}. Training continues; the curves are written when there is room")
+                warn(self.path, f"{error.strerror}. Training continues; the curves are written when there is room")
             self.failed, self.next_attempt = True, time.monotonic() + self.SECONDS
             return
         self.pending, self.pending_bytes = [], 0
         if self.failed:
             lost = f"but {self.lost:,} records are lost" if self.lost else "and no record is lost"
-            self.warn(f"writing works again, {lost}")
+            warn(self.path, f"writing works again, {lost}")
         self.failed, self.lost, self.next_attempt = False, 0, 0.0
-
-    def warn(self, message: str) -> None:
-        print(f"warning: {os.path.relpath(self.path)}: {message}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         with self.lock:
             if self.pending:
                 self.try_write()
             if self.pending:
-                self.warn(f"{len(self.pending) + self.lost:,} records of the curves are lost")
+                warn(self.path, f"{len(self.pending) + self.lost:,} records of the curves are lost")
 
 
 class RunLogger(TensorBoardLogger):
@@ -125,6 +148,10 @@ class RunLogger(TensorBoardLogger):
     @property
     def log_dir(self) -> str:
         return super().log_dir if self.folder is None else str(self.folder)
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        # Lightning adds the epoch, which would be a chart of its own above the losses
+        super().log_metrics({name: value for name, value in metrics.items() if name != "epoch"}, step)
 
     @property
     def experiment(self) -> SummaryWriter:
@@ -141,3 +168,105 @@ class RunLogger(TensorBoardLogger):
         except OSError:  # remove the truncated hparams.yaml; config.yaml and the checkpoints hold the same values
             with suppress(OSError):
                 Path(self.log_dir, self.NAME_HPARAMS_FILE).unlink(missing_ok=True)
+
+
+class RunCSVLogger(Logger):
+    """Writes metrics to metrics.csv in the run's folder: a row for each call of log_metrics, as Lightning's CSVLogger.
+
+    A resumed run continues the file, which CSVLogger would delete. Rows that were logged after the checkpoint are
+    logged again, so they leave metrics.csv; metrics_before_step_N.csv is then a copy with them. A full disk is reported
+    but does not stop training.
+    """
+
+    folder: Path | None = None  # of the run; nothing is written without it
+    start_step = 0  # of a resumed run
+    experiment = name = version = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.columns, self.rows, self.failed = list[str](), list[dict[str, Any]](), False
+
+    def log_hyperparams(self, *_: Any, **__: Any) -> None:
+        """Does nothing: config.yaml in the same folder has all settings."""
+
+    @rank_zero_only
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        self.rows.append({"step": step, **metrics})
+
+    @rank_zero_only
+    def save(self) -> None:
+        if self.folder is None or not self.rows:
+            return
+        try:
+            self.write(self.folder / "metrics.csv")
+        except OSError as error:
+            if not self.failed:
+                warn(self.folder / "metrics.csv", f"{error.strerror}. Training continues; the next save tries again")
+            self.failed = True
+        else:
+            self.rows, self.failed = [], False
+
+    def write(self, path: Path) -> None:
+        rows = self.rows
+        if not self.columns and path.is_file():
+            rows = self.read_earlier(path) + rows
+        columns = ["step", *sorted({*self.columns, *chain.from_iterable(rows)} - {"step"})]
+        if columns == self.columns:
+            append_bytes(path, csv_bytes(columns, rows))
+            return
+        if self.columns:  # a new column
+            with open(path, encoding="utf-8", newline="") as file:
+                rows = [*csv.DictReader(file), *rows]
+        atomic_write(path, (",".join(columns) + "\n").encode() + csv_bytes(columns, rows))
+        self.columns = columns
+
+    def read_earlier(self, path: Path) -> list[dict[str, Any]]:
+        """Rows of the steps before the checkpoint. If there are others, the file is copied first."""
+        with open(path, encoding="utf-8", newline="") as file:
+            rows = list(csv.DictReader(file))
+        kept = [row for row in rows if (row.get("step") or "").isdecimal() and int(row["step"]) < self.start_step]
+        if len(kept) < len(rows):
+            stem = f"metrics_before_step_{self.start_step}"
+            names = chain([stem], (f"{stem}_{n}" for n in count(2)))
+            copies = (path.with_name(f"{name}.csv") for name in names)
+            atomic_write(next(copy for copy in copies if not copy.exists()), path.read_bytes())
+        return kept
+
+
+def csv_bytes(columns: list[str], rows: Iterable[dict[str, Any]]) -> bytes:
+    text = io.StringIO(newline="")
+    csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n").writerows(rows)
+    return text.getvalue().encode()
+
+
+@contextmanager
+def wandb_run_in(folder: Path, logger: WandbLogger) -> Iterator[None]:
+    """Starts W&B's run in the folder, with its name, or resumes the one that is there; ends it at exit.
+
+    Environment variables that are set, and arguments of WandbLogger, have priority.
+
+    Raises:
+        ValueError: W&B can't start, for example because nobody is logged in.
+    """
+    runs = (re.fullmatch(r"(?:offline-)?run-(\d+_\d+)-(.+)", path.name) for path in folder.glob("wandb/*run-*"))
+    ids = [run[2] for run in sorted(filter(None, runs), key=lambda run: run[1])]
+    variables = {"WANDB_DIR": str(folder), "WANDB_NAME": "/".join(folder.parts[-2:])}
+    variables |= {"WANDB_RUN_ID": ids[-1]} if ids else {}
+    added = {name: value for name, value in variables.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        run = logger.experiment
+    except Exception as error:  # of W&B
+        raise ValueError(
+            f"W&B can't start: {' '.join(str(error).split())} WANDB_MODE=offline needs neither an account nor a network"
+        ) from None
+    finally:
+        for name in added:
+            os.environ.pop(name, None)
+    exit_code = 1
+    try:
+        yield
+        exit_code = 0
+    finally:
+        run.finish(exit_code)
+        sys.modules["wandb"].teardown()  # the next run of this process reads the variables again

@@ -2,6 +2,8 @@
 
 import math
 import sys
+import warnings
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import asdict
 from functools import partial
@@ -19,10 +21,19 @@ from torchmetrics import MeanMetric, Metric, MetricCollection
 from ..checkpoint.io import dequantize
 from ..checkpoint.transfer import transfer_weights
 from ..cuda_graph import CapturedStep
+from ..data.tokenizers import Tokenizer, build_from_state
 from ..data.windows import derive_seed
+from ..inference.text import generate
 from ..model.gpt import GPT, GPTConfig, parameter_role
 from ..model.lecture import LectureModel, build_net
-from .lightning_compat import closure_result, set_closure_result, set_logged_steps, trainer_or_none, validation_is_due
+from .lightning_compat import (
+    closure_result,
+    is_from_tuner,
+    set_closure_result,
+    set_logged_steps,
+    trainer_or_none,
+    validation_is_due,
+)
 from .metrics import BitsPerCharacter, Perplexity
 from .optim import Muon, adamw_groups, lr_factor, muon_groups
 from .strategies import DDPFlatStrategy, FSDP2Strategy, apply_fsdp, full_tensor
@@ -132,6 +143,7 @@ class LanguageModel(L.LightningModule):
             raise ValueError(f"lecture_step={lecture_step} runs as it is written: leave compile=true out")
         self.save_hyperparameters()
         self.save_hyperparameters(asdict(GPTConfig(**net)))  # with the defaults of what was not given
+        self.tokenizer: Tokenizer | None = None
         self.net = self.build_net()
         self.ema_net = deepcopy(self.net).requires_grad_(False) if ema_decay else None
         if isinstance(self.net, GPT):
@@ -157,6 +169,27 @@ class LanguageModel(L.LightningModule):
     def eval_net(self) -> GPT | LectureModel:
         """The net that is validated, kept as best and sampled: the moving average if there is one."""
         return self.net if self.ema_net is None else self.ema_net
+
+    def forward(self, idx: Tensor) -> Tensor:
+        """The logits (B, T, V) after token ids (B, T), of the net that is validated."""
+        return self.eval_net(idx)
+
+    def predict_step(self, batch: Tensor | Sequence[Tensor], batch_idx: int) -> Tensor:
+        """The logits of a batch of token ids, or of the inputs in a batch of inputs and targets."""
+        return self(batch if isinstance(batch, Tensor) else batch[0])
+
+    def generate(self, prompt: str = "", max_new_tokens: int = 500, **settings) -> str:
+        """The text after the prompt; `settings`, such as temperature and top_k, are those of `lightning_gpt.generate`.
+
+        Raises:
+            ValueError: there is no tokenizer; a fit with a TextDataModule or a checkpoint of one brings it.
+        """
+        if self.tokenizer is None:
+            raise ValueError(
+                "this LanguageModel has no tokenizer, since it was not trained with a TextDataModule: set "
+                "model.tokenizer = data.tokenizer"
+            )
+        return generate(self.eval_net, self.tokenizer, prompt, max_new_tokens, **settings)
 
     # --- a training step ---------------------------------------------------------------------------------------------
 
@@ -198,8 +231,8 @@ class LanguageModel(L.LightningModule):
 
         Only a checkpoint of that moment resumes exactly, and Lightning has no hook there.
         """
-        trainer = self.trainer
-        if trainer.training and trainer.global_step != self.last_step_done:
+        trainer = trainer_or_none(self)  # None in to_onnx
+        if trainer is not None and trainer.training and trainer.global_step != self.last_step_done:
             self.last_step_done = trainer.global_step
             # already set for the next batch; a checkpoint must not contain it
             progress = trainer.fit_loop.epoch_loop.batch_progress
@@ -211,8 +244,12 @@ class LanguageModel(L.LightningModule):
         return batch
 
     def on_train_batch_start(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
-        # noise and learning rate are functions of the step alone, so that a resumed run needs neither from a checkpoint
+        # a function of the step alone, as is the learning rate, so that a resumed run needs neither from a checkpoint
         torch.manual_seed(derive_seed(self.hparams.seed, self.global_rank, self.trainer.fit_loop.total_batch_idx))
+        self.batch = batch
+
+    def set_learning_rates(self) -> None:
+        """Sets the rates of the next step before it starts, when callbacks such as LearningRateMonitor read them."""
         if groups := self.scheduled_groups():
             factor = self.lr_factor(self.trainer.global_step)
             for group in groups:
@@ -221,7 +258,6 @@ class LanguageModel(L.LightningModule):
                     group["lr"].fill_(rate)
                 else:
                     group["lr"] = rate
-        self.batch = batch
 
     def scheduled_groups(self) -> list[dict]:
         """The parameter groups whose learning rate follows `schedule`.
@@ -297,6 +333,8 @@ class LanguageModel(L.LightningModule):
         raise DivergenceError(f"{what} at step {step:,}, with {at}: take a lower rate")
 
     def on_train_batch_end(self, outputs, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        if self.trainer.val_check_batch == math.inf and self.trainer.global_step == self.total_steps:
+            self.trainer.should_stop = True  # endless windows are one epoch: by default, Lightning validates at its end
         if (self.device.type == "cpu" and self.trainer.world_size == 1) or self.logs_after(batch_idx):
             self.check_divergence(check_weights=False)
         accumulate = self.trainer.accumulate_grad_batches
@@ -312,6 +350,8 @@ class LanguageModel(L.LightningModule):
             for of_muon, rate in rates.items():
                 self.log("train/muon_lr" if of_muon else "train/lr", float(rate))
             self.log("train/grad_norm", self.grad_norm.clone())
+        if self.trainer.global_step < self.total_steps:
+            self.set_learning_rates()
 
     def metrics_of_step(self, loss: Tensor, batch: tuple[Tensor, ...]) -> dict[str, Tensor]:
         """What is logged beside the loss of a step, by name; bpc is that of the last batch's targets."""
@@ -367,14 +407,23 @@ class LanguageModel(L.LightningModule):
                 f"model.ema_decay={self.hparams.ema_decay} with trainer.precision={self.trainer.precision}: an average "
                 "rounded to 16 bits stops following the weights; take bf16-mixed, or --model.ema_decay 0"
             )
+        warnings.filterwarnings("ignore", "You have overridden `on_before_batch_transfer`")  # on purpose
         for callback in self.trainer.callbacks:
-            if isinstance(callback, (LearningRateFinder, BatchSizeFinder)):
+            by_tuner = isinstance(callback, LearningRateFinder) and is_from_tuner(callback)
+            if by_tuner and self.hparams.optimizer == "muon":
+                raise ValueError("lr_find sweeps one learning rate, and model.optimizer=muon has two: take adamw")
+            if isinstance(callback, (LearningRateFinder, BatchSizeFinder)) and not by_tuner:
                 raise ValueError(
                     f"{type(callback).__name__} would change the learning rate or the batch size, which the "
-                    "settings fix for a run: leave it out, and compare short runs with other values"
+                    "settings fix for a run: leave it out, and call Tuner(trainer).lr_find before fit, or compare "
+                    "short runs"
                 )
         tokenizer = getattr(getattr(self.trainer, "datamodule", None), "tokenizer", None)
-        table = None if tokenizer is None else tokenizer.chars_per_token
+        if isinstance(tokenizer, Tokenizer):
+            self.check_sizes(tokenizer, self.trainer.datamodule.hparams.block_size)
+            self.tokenizer, table = tokenizer, tokenizer.chars_per_token
+        else:  # of plain DataLoaders nothing is known
+            tokenizer = table = None
         self.register_buffer("chars_per_token", table, persistent=False)
         self.val_metrics = MetricCollection(self.validation_metrics(), prefix="val/")
         self.test_metrics = self.val_metrics.clone(prefix="test/")
@@ -383,6 +432,19 @@ class LanguageModel(L.LightningModule):
             for net in self.net, self.ema_net:
                 if net is not None:
                     net.load_state_dict(weights)
+
+    def check_sizes(self, tokenizer: Tokenizer, block_size: int) -> None:
+        """Raises ValueError if the data's token ids or windows do not fit the net."""
+        hp, size = self.hparams, len(tokenizer)
+        if size != hp.vocab_size:  # with more ids than the tokenizer has, the net could generate ids without a text
+            raise ValueError(
+                f"the model's vocab_size={hp.vocab_size} and the data's vocab_size={size} differ: give "
+                f"LanguageModel(vocab_size={size}), or the vocabulary that the model was trained with to the data"
+            )
+        if block_size > hp.block_size:
+            raise ValueError(
+                f"the data's block_size={block_size} exceeds the model's block_size={hp.block_size}: give both the same"
+            )
 
     def validation_metrics(self) -> dict[str, Metric | MetricCollection]:
         """The metrics of a validation by name; `loss` decides which checkpoint is the best."""
@@ -396,6 +458,10 @@ class LanguageModel(L.LightningModule):
 
     def on_load_checkpoint(self, saved: dict) -> None:
         dequantize(saved)
+        self.init_from = None  # the checkpoint has all weights
+        data = saved.get("datamodule_hyper_parameters", {})
+        if self.tokenizer is None and {"tokenizer", "vocabulary"} <= data.keys():  # those of a TextDataModule
+            self.tokenizer = build_from_state(data, self.hparams.vocab_size)
         saved["state_dict"] = self.with_ema(saved["state_dict"])
         if (trainer := trainer_or_none(self)) and trainer.precision == "64-true":
             self.double()  # Lightning does so after loading the weights, which would round them
@@ -459,14 +525,15 @@ class LanguageModel(L.LightningModule):
         one_message = t.world_size == 1 or isinstance(t.strategy, DDPFlatStrategy)
         one_batch = t.accumulate_grad_batches == 1 and t.precision != "16-mixed"
         our_optimizer = type(self).configure_optimizers is LanguageModel.configure_optimizers
-        one_shape = getattr(t.datamodule, "fixed_shape", True)
+        one_shape = getattr(t.datamodule, "fixed_shape", False)
         return self.device.type == "cuda" and one_message and one_batch and one_shape and our_optimizer
 
     def on_train_start(self) -> None:
         if self.trainer.fit_loop.epoch_loop.restarting:
             # where a validation is due, Lightning's first iteration has no batch but counts a step for the loggers
             set_logged_steps(self.trainer, self.trainer.global_step - validation_is_due(self.trainer))
-        self.last_step_done = 0  # this net may have been trained before
+        self.last_step_done = 0  # this net may have been trained before ...
+        self.init_from = None  # ... and a second fit continues from its weights
         self.bad_losses = torch.zeros((), dtype=torch.int64, device=self.device)
         self.compiles = self.hparams.compile
         if self.compiles:
@@ -486,3 +553,4 @@ class LanguageModel(L.LightningModule):
             lr = torch.zeros((), device=self.device) if self.captured else 0.0
             fresh = groups.get(tuple(map(id, group["params"])), {})
             group.update({key: fresh[key] for key in fresh if key != "params"}, lr=lr)
+        self.set_learning_rates()

@@ -146,8 +146,9 @@ class UpdateRatios(L.Callback):
                 continue
             on_gpu = GPU_CHARTS if lm.device.type == "cuda" else {}  # empty charts elsewhere
             logger.experiment.add_custom_scalars(LAYOUT | {"speed": LAYOUT["speed"] | on_gpu})
-            # the TEXT tab expands its first two groups: run and samples
-            logger.experiment.add_text("run/hardware", describe_hardware(cast(LanguageModel, lm)), trainer.global_step)
+            # the TEXT tab shows the groups in alphabetical order: samples first
+            hardware = describe_hardware(cast(LanguageModel, lm))
+            logger.experiment.add_text("settings/hardware", hardware, trainer.global_step)
             settings = {**lm.hparams, **trainer.datamodule.hparams, "max_steps": trainer.max_steps}
             settings |= {"precision": str(trainer.precision), "devices": trainer.world_size}
             plain = {
