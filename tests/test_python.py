@@ -13,13 +13,23 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
 )
 from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.tuner import Tuner
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import DataLoader, TensorDataset
 
 import lightning_gpt
-from lightning_gpt import LanguageModel, SampleText, TextDataModule, generate, load
+from lightning_gpt import (
+    LanguageModel,
+    ModelInspector,
+    SampleText,
+    TextDataModule,
+    UpdateRatios,
+    generate,
+    load,
+)
+from lightning_gpt.alignment.stages import RewardModeling
 from lightning_gpt.data.windows import RandomWindows
 
 V, T = 32, 16  # of text_file, and of the windows
@@ -167,8 +177,18 @@ def test_plain_data_loaders_train_and_what_needs_a_tokenizer_says_so(tmp_path):
         model.generate("the")
     with pytest.raises(ValueError, match="comes from training with a TextDataModule"):
         load(best.best_model_path)
-    with pytest.raises(ValueError, match="SampleText needs the tokenizer of a TextDataModule"):
-        trainer(callbacks=[SampleText()]).fit(lm(), plain_loader())
+    for callback in SampleText, ModelInspector:
+        with pytest.raises(ValueError, match=f"{callback.__name__} needs the tokenizer of a TextDataModule"):
+            trainer(callbacks=[callback()]).fit(lm(), plain_loader())
+    logger = TensorBoardLogger(tmp_path)
+    trainer(max_epochs=1, max_steps=-1, logger=logger, callbacks=[UpdateRatios()]).fit(lm(), plain_loader())
+
+
+def test_a_reward_model_gives_rewards_and_no_text():
+    model = RewardModeling(vocab_size=32, block_size=16, n_layer=1, n_head=1, n_embd=8)
+    assert model(torch.zeros(2, 5, dtype=torch.long), torch.ones(2, 5, dtype=torch.bool)).shape == (2,)
+    with pytest.raises(ValueError, match="gives rewards, not text"):
+        model.generate("the")
 
 
 @pytest.mark.parametrize(

@@ -35,6 +35,12 @@ SLIPS = {
     "generate --topk 4": "--top_k",
     "generate --max_tokens 4": "--max_new_tokens",
     "generate --gpu": "--device cuda",
+    "generate --bf16": "--precision bfloat16",
+    "generate --seed 3 ROMEO:": "the prompt first, right after generate",
+    "fit --gpu": "--trainer.accelerator gpu",
+    "fit --bf16": "--trainer.precision bf16-mixed",
+    "fit --no-compile": "--no-model.compile",
+    "fit lapto.yaml": "--config laptop",
     "grpo --model.rewrd verse": "--model.reward",
     "train": "fit",
     "laptop": "fit --config laptop",
@@ -58,7 +64,8 @@ def test_the_error_for_a_wrong_name_in_a_config_names_what_is_meant(fails, tmp_p
 
 
 def test_what_is_like_nothing_gets_no_suggestion(fails):
-    assert fails("fit", "--qwertz").endswith("there is no option --qwertz; --help lists the options")
+    for option in "--qwertz", "--max_tokens", "--lora":
+        assert fails("fit", option).endswith(f"there is no option {option}; --help lists the options")
     assert "use fit, sft" in fails("qwertz")
 
 
@@ -91,6 +98,9 @@ def test_the_error_for_a_wrong_value_lists_the_right_ones(fails, line, message):
     "line, spelled",
     [
         ("generate ROMEO:", ["--prompt=ROMEO:"]),
+        ("generate X.ckpt --seed 3", ["--ckpt_path=X.ckpt", "--seed", "3"]),
+        ("generate -", ["--prompt_file=-"]),
+        ("generate --prompt=To be", ["--prompt=To be"]),
         ("generate To be --seed 3", ["--prompt=To be", "--seed", "3"]),
         ("validate X.ckpt --data.batch-size=3", ["--ckpt_path=X.ckpt", "--data.batch_size=3"]),
         ("score my.txt", ["--text_file=my.txt"]),
@@ -127,12 +137,16 @@ def test_a_prompt_is_read_from_a_pipe(ckpt, capsys, monkeypatch, piped, shown):
     assert capsys.readouterr().out[: len(shown)] == shown
 
 
-def test_a_prompt_on_the_command_line_leaves_the_pipe_alone(ckpt, capsys, monkeypatch, tmp_path):
-    (tmp_path / "lines.txt").write_text("the mat\n")
-    with open(tmp_path / "lines.txt") as file:
-        monkeypatch.setattr(sys, "stdin", file)
-        main(["generate", "a cat", f"--ckpt_path={ckpt}", "--max_new_tokens=3"])
-        assert file.read() == "the mat\n" and capsys.readouterr().out.startswith("a cat")
+def test_a_prompt_or_a_file_as_stdin_leaves_stdin_alone(ckpt, capsys, monkeypatch, tmp_path):
+    reader, writer = os.pipe()
+    os.write(writer, b"the mat\n")
+    os.close(writer)
+    (tmp_path / "lines.txt").write_text("the mat\n")  # as in a loop over the lines of a file
+    for source, prompt in (reader, ["a cat"]), (tmp_path / "lines.txt", []):
+        with open(source) as file:
+            monkeypatch.setattr(sys, "stdin", file)
+            main(["generate", *prompt, f"--ckpt_path={ckpt}", "--max_new_tokens=3"])
+            assert file.read() == "the mat\n" and not capsys.readouterr().out.startswith("the mat")
     monkeypatch.setattr(sys, "stdin", io.StringIO("the mat"))  # as in a notebook, it is no file
     main(["generate", f"--ckpt_path={ckpt}", "--max_new_tokens=3"])
 
@@ -158,6 +172,7 @@ def test_the_help_of_fit_fits_a_screen_and_shows_the_values_that_fit_has(capsys,
     assert f"--trainer.max_steps {laptop['trainer']['max_steps']} " in text
     assert f"--model.n_layer {laptop['model']['n_layer']} " in text
     assert "--model.n_layer 3 " in help_of(capsys, "fit", "--config=nanogpt", "--model.n_layer=3")
+    assert "--config lecture/head " in help_of(capsys, "fit", "--model.lecture_step=head")
 
 
 def test_each_command_has_a_short_help_and_a_full_one(capsys):

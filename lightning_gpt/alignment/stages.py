@@ -54,6 +54,13 @@ class RewardModeling(LanguageModel):
 
     stage = "reward"
 
+    def forward(self, ids: Tensor, completion: Tensor) -> Tensor:  # type: ignore[override]
+        """The rewards (B,) of texts (B, T) with their completions marked (B, T), bool."""
+        return self.eval_net(ids, completion)
+
+    def generate(self, *_: Any, **__: Any) -> str:
+        raise ValueError("a reward model gives rewards, not text: generate with the policy")
+
     def build_net(self) -> RewardModel:
         if self.hparams.lecture_step:
             raise ValueError(f"reward is for the GPT, not for lecture_step={self.hparams.lecture_step}")

@@ -49,6 +49,8 @@ class ModelInspector(L.Callback):
         if self.off:
             return
         data, block_size = trainer.datamodule, lm.hparams.block_size
+        if not hasattr(data, "tokenizer"):
+            raise ValueError("ModelInspector needs the tokenizer of a TextDataModule: leave it out, or train with one")
         if self.passage is None:
             ids = data.val_tokens[: block_size + 1]
         else:

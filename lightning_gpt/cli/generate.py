@@ -41,10 +41,13 @@ def read_input(file: str, tokenizer: Tokenizer) -> str:
 
 
 def read_pipe(tokenizer: Tokenizer) -> str:
-    """The text that a pipe or a file gives to stdin, without its last newline, which `echo` adds; "" without one."""
+    """The text that a pipe gives to stdin, without its last newline, which `echo` adds; "" without a pipe.
+
+    Only a pipe is read: a file as stdin is often that of a loop, `while read line ... done < lines.txt`.
+    """
     with suppress(OSError, ValueError):  # a notebook's stdin is no file
-        mode = os.fstat(sys.stdin.fileno()).st_mode
-        if stat.S_ISFIFO(mode) or stat.S_ISREG(mode):
+        if stat.S_ISFIFO(os.fstat(sys.stdin.fileno()).st_mode):
+            print_info("reading the prompt from the pipe")
             return read_input("-", tokenizer).removesuffix("\n")
     return ""
 

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args, get_origin
 
 import jsonargparse
 
-from .suggestions import POSITIONAL, expected
+from .suggestions import CONFIGS, POSITIONAL, expected
 
 COLUMN = 36  # width of an option with its value
 TEXTS = {  # for options whose own text is Lightning's, or too long for a line
@@ -64,7 +64,8 @@ def requested_help(args: list[str]) -> Literal["", "short", "all"]:
     """Which help a command line asks for."""
     if not {"-h", "--help"} & {*args}:
         return ""
-    return "all" if args[-2:] in (["-h", "all"], ["--help", "all"]) else "short"
+    follows = args[1 + next(i for i, arg in enumerate(args) if arg in ("-h", "--help")) :]
+    return "all" if follows[:1] == ["all"] else "short"
 
 
 def option_text(action: Any) -> str:
@@ -81,7 +82,9 @@ def option_text(action: Any) -> str:
 def option_value(action: Any, value: Any) -> str:
     """The value of an option as it is typed; what it takes, in capitals, where it is unset."""
     if action.dest == "config":
-        return ", ".join(Path(str(file)).stem for file in value or []) or "NAME"
+        files = [Path(str(file)) for file in value or []]
+        packaged = [file.with_suffix("").relative_to(CONFIGS) if CONFIGS in file.parents else file for file in files]
+        return ", ".join(map(str, packaged)) or "NAME"
     if value is None:
         words = {"text": "TEXT", "several texts in brackets": "TEXT", "an integer": "N", "a number": "X"}
         return next((words[word] for word in expected(action._typehint) if word in words), "null")

@@ -71,7 +71,7 @@ class Parser(jsonargparse.ArgumentParser):
             message = f"--{found[1].replace(', ', ' and --')} must be given"
         elif found := re.search(WRONG_VALUE, message):
             message = self.explain_value(found["key"], found["value"].strip("'\"")) or message
-        if message.endswith("expected one argument"):
+        if message.endswith("expected one argument") and f"{self.args[-1]}:" not in message:  # something follows
             message += "; for a value that begins with a dash, use an equals sign, as in --prompt=-x"
         print_error(message)
         sys.exit(2)

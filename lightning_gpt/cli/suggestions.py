@@ -1,4 +1,4 @@
-"""Spells out a command line that is almost right, and suggests what is meant by one that is not."""
+"""Spells out shortened command lines, and suggests corrections for wrong ones."""
 
 from collections.abc import Collection
 from difflib import get_close_matches
@@ -21,7 +21,6 @@ COMMAND_SYNONYMS = {
     "train": "fit",
     "pretrain": "fit",
     "resume": "fit --ckpt_path last",
-    "finetune": "fit --config finetune",
     "eval": "validate",
     "evaluate": "validate",
     "sample": "generate",
@@ -32,7 +31,8 @@ COMMAND_SYNONYMS = {
     "plot": "report",
     "convert": "export",
 }
-# other words for the last part of an option, from nanoGPT, transformers, older versions of Lightning and haste
+# other words for the last part of an option, from nanoGPT, transformers, older versions of Lightning and haste; a|b is
+# a, or b where a command has no a
 OPTION_SYNONYMS = {
     "lr": "learning_rate",
     "wd": "weight_decay",
@@ -54,11 +54,13 @@ OPTION_SYNONYMS = {
     "steps": "max_steps",
     "epochs": "max_epochs",
     "eval_interval": "val_check_interval",
+    "log_interval": "log_every_n_steps",
+    "min_lr": "min_lr_ratio",
     "gpus": "devices",
     "num_gpus": "devices",
     "dtype": "precision",
-    "fp16": "precision 16-mixed",
-    "bf16": "precision bf16-mixed",
+    "fp16": "trainer.precision 16-mixed|precision float16",
+    "bf16": "trainer.precision bf16-mixed|precision bfloat16",
     "grad_clip": "gradient_clip_val",
     "gradient_accumulation_steps": "accumulate_grad_batches",
     "out_dir": "default_root_dir",
@@ -78,9 +80,9 @@ OPTION_SYNONYMS = {
     "length": "max_new_tokens",
     "temp": "temperature",
     "n": "num_samples",
-    "gpu": "device cuda",
-    "cuda": "device cuda",
-    "cpu": "device cpu",
+    "gpu": "device cuda|accelerator gpu",
+    "cuda": "device cuda|accelerator gpu",
+    "cpu": "device cpu|accelerator cpu",
 }
 
 
@@ -101,13 +103,16 @@ def spell_out(args: list[str]) -> list[str]:
             name, equals, value = arg.partition("=")
             prefix = "--no-" if name.startswith("--no-") else "--"
             spelled.append(prefix + name.removeprefix(prefix).replace("-", "_") + equals + value)
-            text = False
+            text = bool(equals) and name in FREE_TEXT
         elif arg.startswith("-") and arg != "-":
             spelled.append(arg)
             text = False
         elif i == 0 and command in POSITIONAL:
-            spelled.append(f"{POSITIONAL[command]}={arg}")
-            text = POSITIONAL[command] in FREE_TEXT
+            option = POSITIONAL[command]
+            if command == "generate" and (arg == "-" or arg.endswith(".ckpt")):
+                option = "--prompt_file" if arg == "-" else "--ckpt_path"
+            spelled.append(f"{option}={arg}")
+            text = option in FREE_TEXT
         elif text:
             spelled[-1] += f" {arg}"
         else:
@@ -118,7 +123,7 @@ def spell_out(args: list[str]) -> list[str]:
 
 def nearest(word: str, known: Collection[str]) -> str | None:
     """The known word that is most like `word`, if one is like it."""
-    return next(iter(get_close_matches(word, known, 1, 0.6)), None)
+    return next(iter(get_close_matches(word, known, 1, 0.7)), None)
 
 
 def nearest_command(word: str, commands: Collection[str]) -> str | None:
@@ -135,30 +140,36 @@ def nearest_option(option: str, options: Collection[str]) -> str | None:
     """The option that someone means who types `option`: one of `options`, perhaps with its value."""
     known = [name[2:] for name in options if name.startswith("--") and not name.endswith(("+", ".help"))]
     by_leaf = {name.rsplit(".", 1)[-1]: name for name in reversed(known)}  # max_steps: trainer.max_steps
-    typed = option.lstrip("-")
+    negated = option.startswith("--no-") or option.startswith("--no_")
+    typed = option[5:] if negated else option.lstrip("-")
     leaf = typed.rsplit(".", 1)[-1]
-    meant, _, value = OPTION_SYNONYMS.get(leaf, leaf).partition(" ")
-    if typed == leaf and meant in known:
-        found = meant
-    elif leaf in by_leaf or meant in by_leaf:
-        found, value = (by_leaf[leaf], "") if leaf in by_leaf else (by_leaf[meant], value)
-    else:
-        near = nearest(typed, known) or nearest(leaf, by_leaf)
-        found, value = by_leaf.get(near or "", near or ""), ""
-    return f"--{found} {value}".rstrip() if found else None
+    synonyms = OPTION_SYNONYMS.get(leaf, "").split("|")
+    for candidate in synonyms if typed == leaf else []:  # --seed is --seed_everything before --sample.seed
+        if candidate in known:
+            return f"--{candidate}"
+    for candidate in [leaf, *synonyms]:
+        name, _, value = candidate.partition(" ")
+        if found := name if name in known else by_leaf.get(name):
+            return f"--{'no-' if negated else ''}{found} {value}".rstrip()
+    if leaf in OPTION_SYNONYMS:
+        return None
+    near = nearest(typed, known) or nearest(leaf, by_leaf)
+    return f"--{by_leaf.get(near, near)}" if near else None
 
 
 def nearest_argument(word: str, options: Collection[str]) -> str | None:
     """The option that someone means who types the word `word` where no word is expected."""
     option = None
-    if word.endswith(".yaml") or (CONFIGS / f"{word}.yaml").exists():
+    if (CONFIGS / f"{word}.yaml").exists() or word.endswith(".yaml") and Path(word).exists():
         option = "--config"
     elif word.endswith(".ckpt") or word in ("best", "last"):
         option = "--ckpt_path"
     elif Path(word).exists():
         option = "--data.corpus"
-    elif name := nearest(word, packaged_configs()):
+    elif name := nearest(word.removesuffix(".yaml"), packaged_configs()):
         option, word = "--config", name
+    elif "--prompt" in options:
+        return "the prompt first, right after generate"
     return f"{option} {word}" if option in options else None
 
 
@@ -181,13 +192,13 @@ def expected(hint: Any) -> list[str]:
 
 def subclasses(hint: Any) -> set[str]:
     """The names of the classes that an option of this type takes."""
-    found, open_ = set(), [cls for cls in (hint, *get_args(hint)) if isinstance(cls, type) and cls is not type(None)]
-    open_ += [cls for part in get_args(hint) for cls in get_args(part) if isinstance(cls, type)]
-    while open_:
-        cls = open_.pop()
+    found, pending = set(), [cls for cls in (hint, *get_args(hint)) if isinstance(cls, type) and cls is not type(None)]
+    pending += [cls for part in get_args(hint) for cls in get_args(part) if isinstance(cls, type)]
+    while pending:
+        cls = pending.pop()
         if cls.__module__ != "builtins":
             found.add(cls.__name__)
-            open_ += cls.__subclasses__()
+            pending += cls.__subclasses__()
     return found
 
 

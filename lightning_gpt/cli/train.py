@@ -85,7 +85,7 @@ class CLI(LightningCLI):
 
     model_class: type[LanguageModel] = LanguageModel
     data_class: type[L.LightningDataModule] = TextDataModule
-    fit_description = "Train a model, or resume a run with --ckpt_path. Without --config, values are those of laptop."
+    fit_description = "Train a model, or resume a run with --ckpt_path. The values are those without a checkpoint."
     run_folder: Path | None = None  # of the run that resumes in place
     start_step = 0
     saver: CheckpointSaver | None = None
@@ -180,11 +180,11 @@ class CLI(LightningCLI):
         )
         config = self.config[command]
         fill_from_checkpoint(config, settings)
-        for key, ones in given.items():  # appended to the run's: drop those given again
-            if isinstance(ones, list) and 0 < len(ones) < len(config.trainer[key]):
-                classes = {one.class_path for one in ones}
-                restored = config.trainer[key][: -len(ones)]
-                config.trainer[key] = [one for one in restored if one.class_path not in classes] + ones
+        for key, entries in given.items():  # appended to the run's: drop those given again
+            if isinstance(entries, list) and 0 < len(entries) < len(config.trainer[key]):
+                classes = {entry.class_path for entry in entries}
+                restored = config.trainer[key][: -len(entries)]
+                config.trainer[key] = [entry for entry in restored if entry.class_path not in classes] + entries
         if config.data.on_unknown == "extend" == checkpoint["datamodule_hyper_parameters"].get("on_unknown"):
             config.data.on_unknown = "error"  # the vocabulary has been extended
         # ... except for those that must not differ

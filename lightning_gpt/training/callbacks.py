@@ -1,5 +1,6 @@
 """Callbacks for samples, progress and a validation of the final weights; those that save are in checkpointing.py."""
 
+import math
 import shutil
 import sys
 import time
@@ -119,10 +120,8 @@ class SampleText(L.Callback):
                 logger.log_text("samples", ["prompt", "text", "copied"], rows, step=step)
             elif hasattr(logger.experiment, "add_text"):
                 for prompt, text, summary in rows:
-                    tag, fenced = (
-                        "samples/" + prompt.replace("\n", "↵"),
-                        text.replace("`", "'"),
-                    )  # ``` would end the block
+                    tag = "samples/" + prompt.replace("\n", "↵")
+                    fenced = text.replace("`", "'")  # three backticks would end the block
                     logger.experiment.add_text(tag, f"```\n{fenced}\n```\n\n{summary}", step)
         _, lengths, shares = zip(*found, strict=True)
         for logger in trainer.loggers:
@@ -196,7 +195,8 @@ class TrainingProgress(TQDMProgressBar):
         super().on_train_start(trainer, *_)
         self.start, self.start_step = time.monotonic(), trainer.global_step
         bar = self.train_progress_bar
-        bar.total = trainer.max_steps
+        steps = cast(LanguageModel, trainer.lightning_module).total_steps
+        self.total = bar.total = None if math.isinf(steps) else int(steps)
         bar.initial = bar.n = trainer.global_step  # initial: the speed counts new steps only
         bar.refresh()
 
@@ -217,9 +217,9 @@ class TrainingProgress(TQDMProgressBar):
     def plain_line(self, trainer: L.Trainer, lm: L.LightningModule) -> None:
         values = "  ".join(f"{name} {value}" for name, value in self.get_metrics(trainer, lm).items())
         left = (time.monotonic() - self.start) / max(1, trainer.global_step - self.start_step)
-        left *= trainer.max_steps - trainer.global_step
+        left *= (self.total or trainer.global_step) - trainer.global_step
         values += f"  left {Tqdm.format_interval(left)}" if left else ""
-        print(f"step {trainer.global_step}/{trainer.max_steps}  {values}", flush=True)
+        print(f"step {trainer.global_step}/{self.total or '?'}  {values}", flush=True)
         self.last_line = time.monotonic()
 
     def on_train_batch_end(self, trainer: L.Trainer, lm: L.LightningModule, *_) -> None:
@@ -234,9 +234,10 @@ class TrainingProgress(TQDMProgressBar):
     def on_validation_end(self, trainer: L.Trainer, lm: L.LightningModule) -> None:
         if trainer.state.fn == "fit" and not trainer.sanity_checking and trainer.is_global_zero:
             if self.has_bar:
-                val, best = (trainer.callback_metrics[f"val/{name}"] for name in ("loss", "best"))
+                losses = {name: trainer.callback_metrics.get(f"val/{name}") for name in ("loss", "best")}
+                shown = "  ".join(f"{name} {loss:.4f}" for name, loss in losses.items() if loss is not None)
                 self.train_progress_bar.n = trainer.global_step
-                self.print(f"step {trainer.global_step}/{trainer.max_steps}  val/loss {val:.4f}  best {best:.4f}")
+                self.print(f"step {trainer.global_step}/{self.total or '?'}  val/{shown}")
             else:
                 self.plain_line(trainer, lm)
         super().on_validation_end(trainer, lm)

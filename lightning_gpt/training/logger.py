@@ -208,7 +208,9 @@ class RunCSVLogger(Logger):
 
     def write(self, path: Path) -> None:
         rows = self.rows
-        if not self.columns and path.is_file():
+        if not path.is_file():
+            self.columns = []  # somebody has removed the file: begin another one
+        elif not self.columns:
             rows = self.read_earlier(path) + rows
         columns = ["step", *sorted({*self.columns, *chain.from_iterable(rows)} - {"step"})]
         if columns == self.columns:
@@ -223,7 +225,9 @@ class RunCSVLogger(Logger):
     def read_earlier(self, path: Path) -> list[dict[str, Any]]:
         """Rows of the steps before the checkpoint. If there are others, the file is copied first."""
         with open(path, encoding="utf-8", newline="") as file:
-            rows = list(csv.DictReader(file))
+            rows = list(csv.DictReader(file, restkey="rest"))
+        for row in rows:
+            row.pop("rest", None)
         kept = [row for row in rows if (row.get("step") or "").isdecimal() and int(row["step"]) < self.start_step]
         if len(kept) < len(rows):
             stem = f"metrics_before_step_{self.start_step}"

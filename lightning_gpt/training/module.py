@@ -182,7 +182,7 @@ class LanguageModel(L.LightningModule):
         """The text after the prompt; `settings`, such as temperature and top_k, are those of `lightning_gpt.generate`.
 
         Raises:
-            ValueError: there is no tokenizer; a fit with a TextDataModule or a checkpoint of one brings it.
+            ValueError: there is no tokenizer: fit with a TextDataModule, or load a checkpoint of such a run.
         """
         if self.tokenizer is None:
             raise ValueError(
@@ -422,7 +422,7 @@ class LanguageModel(L.LightningModule):
         if isinstance(tokenizer, Tokenizer):
             self.check_sizes(tokenizer, self.trainer.datamodule.hparams.block_size)
             self.tokenizer, table = tokenizer, tokenizer.chars_per_token
-        else:  # of plain DataLoaders nothing is known
+        else:  # plain DataLoaders have no tokenizer
             tokenizer = table = None
         self.register_buffer("chars_per_token", table, persistent=False)
         self.val_metrics = MetricCollection(self.validation_metrics(), prefix="val/")

@@ -149,7 +149,7 @@ class UpdateRatios(L.Callback):
             # the TEXT tab shows the groups in alphabetical order: samples first
             hardware = describe_hardware(cast(LanguageModel, lm))
             logger.experiment.add_text("settings/hardware", hardware, trainer.global_step)
-            settings = {**lm.hparams, **trainer.datamodule.hparams, "max_steps": trainer.max_steps}
+            settings = {**lm.hparams, **getattr(trainer.datamodule, "hparams", {}), "max_steps": trainer.max_steps}
             settings |= {"precision": str(trainer.precision), "devices": trainer.world_size}
             plain = {
                 key: value if isinstance(value, (bool, int, float, str)) else str(value)
