@@ -326,7 +326,7 @@ def frontier(
     series = read_series(runs or [str(find_checkpoint("last").parents[1])], reward)
     net, tokenizer = load(ckpt_path, device)
     if not isinstance(net, GPT):
-        raise ValueError(f"{ckpt_path} is a step of the lecture: dpo and grpo start from a GPT")
+        raise ValueError(f"{ckpt_path} is a step of the lecture or an ensemble: dpo and grpo start from a GPT")
     found = prompts_or_headings(prompts, tokenizer, net.config.block_size - max_new_tokens)
     scorer = find_reward(reward, next(net.parameters()).device)
     stops = [] if stop is None else [stop]

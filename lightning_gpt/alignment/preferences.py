@@ -127,7 +127,7 @@ def preferences(
             raise ValueError(f"{name}={value} must be at least {least}")
     net, tokenizer = load(ckpt_path, device)
     if not isinstance(net, GPT):
-        raise ValueError(f"{ckpt_path} is a step of the lecture: preferences are made with a GPT")
+        raise ValueError(f"{ckpt_path} is a step of the lecture or an ensemble: preferences are made with a GPT")
     found = prompts_or_headings(prompts, tokenizer, net.config.block_size - max_new_tokens)
     scorer = find_reward(reward, next(net.parameters()).device)
     records = sample_pairs(

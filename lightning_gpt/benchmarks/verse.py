@@ -16,13 +16,12 @@ from ..cli.main import run
 from ..cli.parser import Parser
 from ..data.tokenizers import Tokenizer
 from ..inference.text import complete, load
-from ..model.gpt import GPT
-from ..model.lecture import LectureModel
+from ..model.ensemble import Net
 
 SPEAKERS = "ROMEO", "JULIET", "MENENIUS", "First Citizen", "KING RICHARD III", "CLOWN", "AUTOLYCUS", "DUKE OF YORK"
 
 
-def obedience(net: GPT | LectureModel, tokenizer: Tokenizer, texts: int, temperature: float, seed: int) -> dict:
+def obedience(net: Net, tokenizer: Tokenizer, texts: int, temperature: float, seed: int) -> dict:
     """For each kind the share of `texts` texts that are of it when it is asked for."""
     share = {}
     for kind in KINDS:

@@ -7,7 +7,7 @@ import math
 import os
 import shutil
 import zipfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..data.corpus import match_files
 from ..data.tokenizers import Tokenizer, build_from_state
 from ..model.gpt import GPT
 from ..model.lecture import LectureModel, build_net
@@ -51,6 +52,8 @@ def find_checkpoint(name: str | Path, stages: Sequence[str] = LANGUAGE_MODELS) -
     if str(name) not in ("best", "last"):
         if not Path(name).is_file():
             reason = "is a folder, not a file" if Path(name).is_dir() else "does not exist"
+            if set(str(name)) & set(",*?"):
+                reason += "; give one file: only generate, score, validate and test take a list or a pattern"
             raise FileNotFoundError(f"the checkpoint {name} {reason}")
         return Path(name)
     for file in newest_first(RUNS_DIR.glob(f"**/{name}.ckpt")):
@@ -61,6 +64,25 @@ def find_checkpoint(name: str | Path, stages: Sequence[str] = LANGUAGE_MODELS) -
         f"there is no {name}.ckpt of {' or '.join(stages)} below {RUNS_DIR}/: train one with `lightning-gpt "
         f"{stages[0]}`, or give the path of a file"
     )
+
+
+def find_checkpoints(names: str | Path, find: Callable[[str | Path], Path] = find_checkpoint) -> list[Path]:
+    """Paths of a comma-separated list of checkpoints and of patterns such as `checkpoints/*/*/checkpoints/best.ckpt`.
+
+    Args:
+        find: finds one of them; best and last may be in the list.
+    Raises:
+        FileNotFoundError: there is no such file, or none matches. ValueError: an item of the list is empty.
+    """
+    paths: list[Path] = []
+    for name in [str(names)] if Path(names).exists() else [part.strip() for part in str(names).split(",")]:
+        if not name:
+            raise ValueError(f"ckpt_path={str(names)!r} has an empty item in its list of checkpoints: remove it")
+        is_pattern = bool(set(name) & set("*?")) and not Path(name).exists()
+        if is_pattern and not match_files(name):
+            raise FileNotFoundError(f"no checkpoint matches the pattern {name}")
+        paths += match_files(name) if is_pattern else [find(name)]
+    return paths
 
 
 def newest_first(files: Iterable[Path]) -> list[Path]:

@@ -6,6 +6,7 @@ import os
 import stat
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from os.path import relpath
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any, Literal
 
 from ..alignment.examples import read_completions
 from ..alignment.rewards import Reward, find_reward
-from ..checkpoint.io import RUNS_DIR, atomic_write, checkpoint_summary, newest_first
+from ..checkpoint.io import RUNS_DIR, atomic_write, checkpoint_summary, find_checkpoints, newest_first
 from ..data.corpus import read_text
 from ..data.tokenizers import Tokenizer
 from ..errors import print_info
@@ -23,13 +24,12 @@ from ..inference.text import (
     choose_device,
     complete,
     find_or_packaged,
-    load,
+    load_files,
     prepare_prompt,
     score,
     stream,
 )
-from ..model.gpt import GPT
-from ..model.lecture import LectureModel
+from ..model.ensemble import Net
 
 MAX_COMPARED = 50  # newest best.ckpt files that are searched for a lower val/loss
 SEPARATOR = "\n" + "-" * 40 + "\n"  # between two samples
@@ -52,11 +52,11 @@ def read_pipe(tokenizer: Tokenizer) -> str:
     return ""
 
 
-def load_with_path(
+def load_with_paths(
     ckpt_path: str, device: str, precision: Literal["auto", "float32", "bfloat16", "float16"]
-) -> tuple[GPT | LectureModel, Tokenizer, str]:
-    path = find_or_packaged(ckpt_path)
-    return *load(path, device, precision), relpath(path)
+) -> tuple[Net, Tokenizer, list[str]]:
+    paths = find_checkpoints(ckpt_path, find_or_packaged)
+    return *load_files(paths, device, precision), [relpath(path) for path in paths]
 
 
 def describe_checkpoint(path: str | Path, asked: str = "") -> str:
@@ -72,6 +72,13 @@ def describe_checkpoint(path: str | Path, asked: str = "") -> str:
     if lower and (best := min(lower)):
         line += f"; on the same text {relpath(best[1])} has {best[0]:.4f}: use it with --ckpt_path"
     return line
+
+
+def describe_checkpoints(paths: Sequence[str | Path], asked: str = "") -> str:
+    """As `describe_checkpoint`; for several, how many are averaged, and each one's path, step and val/loss."""
+    if len(paths) == 1:
+        return describe_checkpoint(paths[0], asked)
+    return f"the mean of {len(paths)} nets: " + "; ".join(describe_checkpoint(path) for path in paths)
 
 
 def generate_command(
@@ -101,7 +108,8 @@ def generate_command(
 
     Args:
         ckpt_path: checkpoint to sample from; best or last is the newest file of that name below checkpoints/. Until a
-            run has saved one, best is a small net that comes with the package.
+            run has saved one, best is a small net that comes with the package. The probabilities of several, a pattern
+            or a comma-separated list, are averaged.
         prompt: the text to continue; null is what a pipe gives, or else a newline, or the vocabulary's first character
             if it has no newline.
         prompt_file: a file with the prompt; - is stdin, with its last newline.
@@ -138,7 +146,7 @@ def generate_command(
         )
     if output and (Path(output).is_dir() or not Path(output).absolute().parent.is_dir()):
         raise ValueError(f"output={output} can't be written: it is a folder, or its folder does not exist")
-    net, tokenizer, path = load_with_path(ckpt_path, device, precision)
+    net, tokenizer, paths = load_with_paths(ckpt_path, device, precision)
     if prompt is None and not interactive:
         prompt = read_input(prompt_file, tokenizer) if prompt_file else read_pipe(tokenizer)
     prompt = prompt or ""
@@ -152,7 +160,7 @@ def generate_command(
         "context_shift": context_shift,
     }
     scorer = None if reward is None else find_reward(reward, next(net.parameters()).device)
-    description = describe_checkpoint(path, ckpt_path)
+    description = describe_checkpoints(paths, ckpt_path)
     if interactive:
         print_info(description)
         run_interactive(net, tokenizer, prompt, max_new_tokens, seed, on_unknown, sampling)
@@ -180,7 +188,7 @@ def generate_command(
         print_info(f"the best of {best_of} each, with a reward of {', '.join(f'{value:.3g}' for value in rewards)}")
     if json:
         result = {
-            "checkpoint": path,
+            "checkpoint": ",".join(paths),
             "device": str(next(net.parameters()).device),
             "precision": str(next(net.parameters()).dtype).removeprefix("torch."),
             "settings": sampling | {"seed": seed, "max_new_tokens": max_new_tokens},
@@ -228,13 +236,13 @@ def print_new_text(text: Completion, shown: int, first_time: bool) -> int:
     return len(stable)
 
 
-def warn_if_truncated(net: GPT | LectureModel, tokenizer: Tokenizer, prompt: str) -> None:
+def warn_if_truncated(net: Net, tokenizer: Tokenizer, prompt: str) -> None:
     if (n := len(tokenizer.encode(prompt))) > net.config.block_size:
         print_info(f"the prompt has {n:,} tokens, but this net sees only the last {net.config.block_size} of them")
 
 
 def run_interactive(
-    net: GPT | LectureModel,
+    net: Net,
     tokenizer: Tokenizer,
     history: str,
     max_new_tokens: int,
@@ -287,7 +295,8 @@ def score_command(
         text_file: a UTF-8 file; - is stdin. With --reward, JSON lines with prompt and completion, or with prompt,
             chosen and rejected.
         ckpt_path: the checkpoint; best or last is the newest file of that name below checkpoints/, or the small net
-            that comes with the package.
+            that comes with the package. The probabilities of several, a pattern or a comma-separated list, are
+            averaged.
         stride: tokens by which the window of block_size moves; each token is scored once. null is block_size: adjacent
             windows, as in validate. A smaller stride gives tokens a longer context and takes longer.
         reward: print the rewards of the file's completions instead: by verse, the .ckpt of a reward model, or
@@ -299,13 +308,13 @@ def score_command(
     if reward is not None:
         print_rewards(Path(text_file), reward, choose_device(device), json)
         return
-    net, tokenizer, path = load_with_path(ckpt_path, device, "float32")
+    net, tokenizer, paths = load_with_paths(ckpt_path, device, "float32")
     text = read_input(text_file, tokenizer)
     if on_unknown == "drop" and text and (unknown := tokenizer.unknown(text)):
         print_info(f"dropped characters that this net doesn't know: {unknown[:40]!r}")
         text = prepare_prompt(tokenizer, text, "drop")
-    result = score(net, tokenizer, text, stride)
-    print_info(describe_checkpoint(path, ckpt_path))
+    result, path = score(net, tokenizer, text, stride), ",".join(paths)
+    print_info(describe_checkpoints(paths, ckpt_path))
     if json:
         print(json_format.dumps({"checkpoint": path, "stride": stride or net.config.block_size} | result._asdict()))
         return

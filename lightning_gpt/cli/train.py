@@ -7,8 +7,9 @@ import signal
 import sys
 import threading
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, nullcontext, suppress
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NoReturn
@@ -23,13 +24,22 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor
 from torch import distributed as dist
 
-from ..checkpoint.io import RUNS_DIR, checkpoint_summary, find_checkpoint, read_checkpoint
+from ..checkpoint.io import (
+    RUNS_DIR,
+    TEXT_SETTINGS,
+    checkpoint_summary,
+    find_checkpoint,
+    find_checkpoints,
+    load_net,
+    read_checkpoint,
+)
 from ..checkpoint.validation import STAGES, stage_of
 from ..data.datamodule import TextDataModule
 from ..data.tokenizers import CharTokenizer
 from ..errors import import_optional, lossy_output, message_with_notes, print_error, print_info, program_name
 from ..inference.text import find_or_packaged, load, stream
-from ..model.lecture import LECTURE_STEPS, check_lecture_settings
+from ..model.gpt import GPT
+from ..model.lecture import LECTURE_STEPS, LectureModel, check_lecture_settings
 from ..training.callbacks import SampleText, TrainingProgress, ValidateAtEnd, check_monitors
 from ..training.checkpointing import AsyncCheckpointIO, CheckpointSaver, ConfigSaver, StopOnSignal, TrainingInterrupted
 from ..training.logger import RunCSVLogger, RunLogger, create_run_folder, lock_run_folder, remove_if_empty, wandb_run_in
@@ -59,7 +69,7 @@ from .config import (
     setting_names,
     to_quoted_yaml,
 )
-from .generate import describe_checkpoint
+from .generate import describe_checkpoint, describe_checkpoints
 from .help import FIT, TEXTS, VALIDATE, requested_help, short_help, usage
 from .parser import Parser
 
@@ -91,6 +101,8 @@ class CLI(LightningCLI):
     saver: CheckpointSaver | None = None
     cleanup: ExitStack  # left when the subcommand ends
     requested_checkpoint: str | None = None  # as given: a path, best or last
+    other_paths: Sequence[Path] = ()  # checkpoints whose nets are averaged with that of config.ckpt_path
+    other_nets: tuple[GPT | LectureModel, ...] = ()
     resume_state: dict[str, Any] | None = None  # loops, callbacks and, as meta tensors, the optimizer's state
 
     def __init__(self, parser_kwargs: dict[str, Any], **kwargs):
@@ -158,7 +170,8 @@ class CLI(LightningCLI):
         sys.exit(0)
 
     def start_from_checkpoint(self, parser, args: list[str], command: str) -> None:
-        path = find_checkpoint(self.config[command].ckpt_path or "best", [self.stage])
+        find, name = partial(find_checkpoint, stages=[self.stage]), self.config[command].ckpt_path or "best"
+        path, *self.other_paths = [find(name)] if command == "fit" else find_checkpoints(name, find)
         checkpoint = read_checkpoint(path)
         if (stage := stage_of(checkpoint)) != self.stage:
             raise ValueError(f"the checkpoint {path} is of {stage}, not of {self.stage}: resume it with {stage}")
@@ -197,6 +210,10 @@ class CLI(LightningCLI):
             )
         if command == "fit" and settings["model"].get("ema_decay") and not config.model.ema_decay:
             print_info("model.ema_decay=0: training resumes from the raw weights, and their average is dropped")
+        for other in self.other_paths:
+            check_same_text((path, other), (checkpoint, read_checkpoint(other)))
+            self.other_nets += (load_net(other)[0],)
+            config.data.block_size = min(config.data.block_size, self.other_nets[-1].config.block_size)
         self.resume_state = {"loops": checkpoint.get("loops"), "callbacks": checkpoint.get("callbacks")}
         if command == "fit":
             self.start_step = checkpoint["global_step"]
@@ -359,9 +376,10 @@ class CLI(LightningCLI):
             )
 
     def before_validate(self) -> None:
+        self.model.other_nets = self.other_nets
         if self.trainer.is_global_zero:
-            path = self.config[self.config.subcommand].ckpt_path
-            print_info(describe_checkpoint(path, str(self.requested_checkpoint)))
+            paths = [self.config[self.config.subcommand].ckpt_path, *self.other_paths]
+            print_info(describe_checkpoints(paths, str(self.requested_checkpoint)))
 
     before_test = before_validate
 
@@ -423,13 +441,30 @@ def cli_for(args: list[str]) -> type[CLI]:
     stage = args[0] if args else ""
     if stage in ("validate", "test"):
         with suppress(OSError):
-            summary = checkpoint_summary(find_checkpoint(last_flag_value(args, "--ckpt_path") or "best", STAGES))
+            find = partial(find_checkpoint, stages=STAGES)
+            summary = checkpoint_summary(find_checkpoints(last_flag_value(args, "--ckpt_path") or "best", find)[0])
             stage = "fit" if summary is None else summary[2]["stage"]
     if stage not in STAGES or stage == "fit":
         return CLI
     from .stages import STAGE_CLIS  # imports what fit does not need
 
     return STAGE_CLIS[stage]
+
+
+def check_same_text(paths: Sequence[Path], checkpoints: Sequence[dict]) -> None:
+    """Raises ValueError if the two checkpoints can't be validated as an ensemble, on the text of both."""
+    if (stage := stage_of(checkpoints[0])) not in ("fit", "sft"):
+        raise ValueError(f"the checkpoint {paths[0]} is of {stage}: only those of fit and sft can be averaged")
+    first, other = [
+        {"stage": stage_of(one)}
+        | {f"data.{name}": one["datamodule_hyper_parameters"].get(name) for name in TEXT_SETTINGS}
+        for one in checkpoints
+    ]
+    if different := [name for name in first if first[name] != other[name]]:
+        raise ValueError(
+            f"{paths[0]} and {paths[1]} differ in {' and '.join(different)}: an ensemble is validated on the one text "
+            "that all its checkpoints come from"
+        )
 
 
 def check_remaining(given, state: dict) -> None:

@@ -41,14 +41,19 @@ def find_files(corpus: str) -> list[Path]:
         elif path.exists():
             found = [path]
         else:
-            pattern = str(path).replace("[", "[[]")
-            found = sorted(Path(file) for file in glob.glob(pattern, recursive=True) if Path(file).is_file())
+            found = match_files(str(path))
             if not found:
                 raise FileNotFoundError(
                     f"the corpus {name} does not exist: give a UTF-8 text file, a folder of .txt files or a pattern"
                 )
         files += found
     return list({file.resolve(): file for file in files}.values())
+
+
+def match_files(pattern: str) -> list[Path]:
+    """Returns the files that match a pattern, sorted; `*`, `?` and `**` are wildcards."""
+    found = glob.glob(pattern.replace("[", "[[]"), recursive=True)
+    return sorted(Path(file) for file in found if Path(file).is_file())
 
 
 def text_files(folder: Path) -> Iterator[Path]:

@@ -4,6 +4,7 @@ A backend computes the logits of the next tokens from the newest ones, `step(tok
     EagerStep   the net itself, for every device, precision and batch
     CPUStep     cpu_step.py, where all rows are equally long
     TritonStep  triton_step.py, in a CUDA graph
+An ensemble has a backend and a cache for each net.
 
 Shapes   B batch · T time (tokens) · V vocabulary
 """
@@ -18,9 +19,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ..cuda_graph import CapturedStep
 from ..errors import warn_once
+from ..model.ensemble import Ensemble, Net, log_mean_softmax
 from ..model.gpt import GPT
 from ..model.kv_cache import KVCache
-from ..model.lecture import LectureModel
 from .cpu_step import CPUStep
 from .sampling import Sampler, SamplingConfig
 
@@ -40,7 +41,7 @@ class StepOutput(NamedTuple):
 class EagerStep:
     """The net itself, module by module."""
 
-    def __init__(self, net: GPT | LectureModel, cache: KVCache):
+    def __init__(self, net: Net, cache: KVCache):
         self.net, self.cache = net, cache
 
     def step(self, token_ids: Tensor) -> Tensor:
@@ -60,7 +61,7 @@ class DecodeSession:
 
     def __init__(
         self,
-        net: GPT | LectureModel,
+        net: Net,
         idx: Tensor,
         lengths: Sequence[int],
         context_shift: int,
@@ -76,7 +77,14 @@ class DecodeSession:
         self.eager = EagerStep(net, self.cache)
         # a sharded net gathers its weights when it is called, and autocast acts on modules
         direct = use_cache and not is_sharded(net) and not torch.is_autocast_enabled(idx.device.type)
-        self.cpu_step = CPUStep(cast(GPT, net), self.cache) if direct else None
+        self.cpu_step = CPUStep(net, self.cache) if direct and isinstance(net, GPT) else None
+        self.members = list[DecodeSession]()  # of an ensemble; they prefill and step, and this one draws
+        if isinstance(net, Ensemble):
+            self.members = [
+                DecodeSession(cast(Net, each), idx, lengths, context_shift, use_cache, sampler) for each in net.nets
+            ]
+        for member in self.members:
+            member.cache.size = self.cache.size
 
     # --- prefill ------------------------------------------------------------------------------------------------------
 
@@ -93,6 +101,8 @@ class DecodeSession:
 
     def prefill(self, rows: list[int], padded: Tensor, last: Tensor) -> Tensor:
         """Logits (len(rows), V) of the next token from the whole `contexts` of these rows; their cache starts anew."""
+        if self.members:
+            return log_mean_softmax([member.prefill(rows, padded, last) for member in self.members])
         device, every = self.idx.device, len(rows) == len(self.idx)
         if not isinstance(self.net, GPT):
             return self.net(padded)[torch.arange(len(rows), device=device), last]
@@ -127,8 +137,14 @@ class DecodeSession:
 
     def decode(self) -> None:
         """Read the newest token of every row with the cache, and draw the next."""
+        self.sampler(self.step(self.sampler.token))
+
+    def step(self, token_ids: Tensor) -> Tensor:
+        """Logits (B, V) after the newest token of every row, token_ids (B, 1); they join the cache."""
+        if self.members:
+            return log_mean_softmax([member.step(token_ids) for member in self.members])
         backend = self.cpu_step if self.cpu_step is not None and isinstance(self.cache.length, int) else self.eager
-        self.sampler(backend.step(self.sampler.token))
+        return backend.step(token_ids)
 
     def triton_decode(self) -> Callable[[], None] | None:
         """`decode` in Triton kernels, or None where Triton is not installed or does not compute in this precision."""
@@ -138,10 +154,13 @@ class DecodeSession:
             from .triton_step import MAX_VOCAB, TritonStep, draw
         except ImportError:
             return None
-        backend, sampler = TritonStep(cast(GPT, self.net), self.cache, len(self.idx)), self.sampler
+        sampler, sessions = self.sampler, self.members or [self]
+        first, *others = [TritonStep(cast(GPT, each.net), each.cache, len(self.idx)) for each in sessions]
         # one kernel where it holds all tokens: PyTorch's sampler takes 10 to 20 % of a small net's step on an H100
         draw_next = partial(draw, sampler) if self.net.config.vocab_size <= MAX_VOCAB else sampler
-        return lambda: draw_next(backend.step(sampler.token))
+        if not others:
+            return lambda: draw_next(first.step(sampler.token))
+        return lambda: draw_next(log_mean_softmax([each.step(sampler.token) for each in (first, *others)]))
 
     def warm_up(self, decode: Callable[[], None] | None) -> Callable[[], None]:
         """Run `decode` once and return it, or the eager `decode` where its kernels can't be compiled."""
@@ -160,8 +179,9 @@ class DecodeSession:
     def capture(self) -> Callable[[], None]:
         """`decode` as a CUDA graph, whose replay costs no Python."""
         seen, sampler = self.sampler.seen.clone(), self.sampler
-        self.cache.length = torch.zeros(len(self.idx), dtype=torch.long, device=self.idx.device)
-        self.cache.uniform_length = self.uniform_length
+        for each in self.members or [self]:
+            each.cache.length = torch.zeros(len(self.idx), dtype=torch.long, device=self.idx.device)
+            each.cache.uniform_length = self.uniform_length
         stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # lazy initialization comes first
@@ -191,9 +211,10 @@ class DecodeSession:
                 else:
                     prefill()
             elif full:
-                assert isinstance(self.cache.length, Tensor)
-                self.cache.length[torch.tensor(full, device=self.idx.device)] = 0  # these rows have no free position
-                logits = self.eager.step(sampler.token)
+                for each in self.members or [self]:
+                    assert isinstance(each.cache.length, Tensor)
+                    each.cache.length[torch.tensor(full, device=self.idx.device)] = 0  # they have no free position
+                logits = self.step(sampler.token)
                 logits[full] = self.prefill(full, *self.contexts(full, t))
                 sampler(logits)
             else:
@@ -205,7 +226,7 @@ class DecodeSession:
 
 @torch.inference_mode()
 def stream_ids(
-    net: GPT | LectureModel,
+    net: Net,
     idx: Tensor,
     max_new_tokens: int,
     *,
@@ -250,7 +271,8 @@ def stream_ids(
         raise ValueError(f"context_shift={context_shift} must be between 1 and block_size={block_size}")
     if min(lengths := [idx.size(1)] * len(idx) if lengths is None else lengths) < 1:
         raise ValueError("a prompt is empty: every text needs at least one token to continue")
-    use_cache = use_cache and isinstance(net, GPT)  # the lecture's models have no cache
+    nets = net.nets if isinstance(net, Ensemble) else [net]
+    use_cache = use_cache and all(isinstance(each, GPT) for each in nets)  # the lecture's models have no cache
     if use_graph is None:  # a sharded net gathers its weights at every step, which can't be captured
         use_graph = device.type == "cuda" and use_cache and max_new_tokens >= 32 and not is_sharded(net)
     was_training = net.training
@@ -264,7 +286,7 @@ def stream_ids(
         net.train(was_training)
 
 
-def generate_ids(net: GPT | LectureModel, idx: Tensor, max_new_tokens: int, **settings) -> Tensor:
+def generate_ids(net: Net, idx: Tensor, max_new_tokens: int, **settings) -> Tensor:
     """idx (B, T) continued to (B, T + max_new_tokens); `settings` are those of `stream_ids`.
 
     Prompts of unequal `lengths` are continued where each ends; shorter rows are padded with zeros at their end.

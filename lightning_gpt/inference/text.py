@@ -18,9 +18,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from ..checkpoint.io import find_checkpoint, load_net
+from ..checkpoint.io import find_checkpoint, find_checkpoints, load_net
 from ..data.tokenizers import TokenIds, Tokenizer
 from ..data.windows import derive_seed
+from ..model.ensemble import Ensemble, Net
 from ..model.gpt import GPT
 from ..model.lecture import LectureModel
 from .engine import stream_ids
@@ -58,23 +59,41 @@ def load(
     ckpt_path: str | Path = "best",
     device: str = "auto",
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
-) -> tuple[GPT | LectureModel, Tokenizer]:
+) -> tuple[Net, Tokenizer]:
     """Load the net and the tokenizer of a checkpoint, by default of the newest run or else of the packaged one.
 
+    Of several checkpoints, the net is their `Ensemble`.
+
     Args:
-        ckpt_path: a file; best or last takes the newest file of that name below checkpoints/.
+        ckpt_path: a file; best or last takes the newest file of that name below checkpoints/; or several, as a pattern
+            or separated by commas.
         device: auto takes the accelerator if there is one.
         precision: dtype of the weights; auto is bfloat16 on CUDA and float32 elsewhere. On a CPU each token reads all
             weights, so float16 is twice as fast if they do not fit in the cache.
     Raises:
-        ValueError: the device can't be used, or the file is not a valid checkpoint.
+        ValueError: the device can't be used, a file is not a valid checkpoint, or their tokenizers differ.
         FileNotFoundError: there is no such checkpoint.
     """
+    return load_files(find_checkpoints(ckpt_path, find_or_packaged), device, precision)
+
+
+def load_files(
+    paths: Sequence[Path], device: str, precision: Literal["auto", "float32", "bfloat16", "float16"]
+) -> tuple[Net, Tokenizer]:
+    """`load` of these files."""
     device = choose_device(device)
-    net, tokenizer = load_net(find_or_packaged(ckpt_path), device)
+    nets, tokenizers = zip(*(load_net(path, device) for path in paths), strict=True)
+    tokenizer = tokenizers[0]
+    for path, other in zip(paths, tokenizers, strict=True):
+        if (other.name, other.vocabulary, len(other)) != (tokenizer.name, tokenizer.vocabulary, len(tokenizer)):
+            raise ValueError(
+                f"{paths[0]} and {path} have different vocabularies, {len(tokenizer)} tokens of {tokenizer.name} "
+                f"and {len(other)} of {other.name}: an ensemble needs nets with one vocabulary"
+            )
     if precision == "auto":
-        precision = "bfloat16" if next(net.parameters()).device.type == "cuda" else "float32"
-    return in_precision(net, precision), tokenizer
+        precision = "bfloat16" if next(nets[0].parameters()).device.type == "cuda" else "float32"
+    nets = tuple(in_precision(each, precision) for each in nets)
+    return Ensemble(nets) if len(nets) > 1 else nets[0], tokenizer
 
 
 def in_precision(net: GPT | LectureModel, precision: str) -> GPT | LectureModel:
@@ -167,7 +186,7 @@ def prepare_prompt(tokenizer: Tokenizer, prompt: str, on_unknown: Literal["error
 
 
 def complete(
-    net: GPT | LectureModel,
+    net: Net,
     tokenizer: Tokenizer,
     prompts: Sequence[str],
     max_new_tokens: int = 500,
@@ -231,9 +250,7 @@ def complete(
         size = 1 if device.type == "cpu" else min(2 * size, MAX_GROUP)
 
 
-def stream(
-    net: GPT | LectureModel, tokenizer: Tokenizer, prompt: str = "", max_new_tokens: int = 500, **settings
-) -> Iterator[str]:
+def stream(net: Net, tokenizer: Tokenizer, prompt: str = "", max_new_tokens: int = 500, **settings) -> Iterator[str]:
     """Yield the text after the prompt piece by piece; `settings` are passed to `complete`."""
     shown = 0
     for (text,) in complete(net, tokenizer, [prompt], max_new_tokens, **settings):
@@ -242,9 +259,7 @@ def stream(
             yield piece
 
 
-def generate(
-    net: GPT | LectureModel, tokenizer: Tokenizer, prompt: str = "", max_new_tokens: int = 500, **settings
-) -> str:
+def generate(net: Net, tokenizer: Tokenizer, prompt: str = "", max_new_tokens: int = 500, **settings) -> str:
     """The text after the prompt; `settings` are passed to `complete`."""
     return "".join(stream(net, tokenizer, prompt, max_new_tokens, **settings))
 
@@ -261,7 +276,7 @@ class Score(NamedTuple):
 
 
 @torch.inference_mode()
-def score(net: GPT | LectureModel, tokenizer: Tokenizer, text: str, stride: int | None = None) -> Score:
+def score(net: Net, tokenizer: Tokenizer, text: str, stride: int | None = None) -> Score:
     """The negative log-likelihood of a text; without a stride, nats_per_token is the val/loss of `validate` on it.
 
     Args:

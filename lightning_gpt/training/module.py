@@ -24,6 +24,7 @@ from ..cuda_graph import CapturedStep
 from ..data.tokenizers import Tokenizer, build_from_state
 from ..data.windows import derive_seed
 from ..inference.text import generate
+from ..model.ensemble import Ensemble, Net
 from ..model.gpt import GPT, GPTConfig, parameter_role
 from ..model.lecture import LectureModel, build_net
 from .lightning_compat import (
@@ -153,6 +154,7 @@ class LanguageModel(L.LightningModule):
                 f"freeze_layers={freeze_layers} is for the GPT, and lecture_step={lecture_step} is too "
                 "small for that: leave it out"
             )
+        self.other_nets: Sequence[GPT | LectureModel] = ()  # averaged with this one in validate and test, if any
         self.init_from = init_from  # the command line sets it to None on resume: the checkpoint has all weights
         self.head_loss, self.compiles = features_loss, False
         self.captured: CapturedStep | None = None
@@ -166,9 +168,13 @@ class LanguageModel(L.LightningModule):
         return build_net(self.hparams)
 
     @property
-    def eval_net(self) -> GPT | LectureModel:
-        """The net that is validated, kept as best and sampled: the moving average if there is one."""
-        return self.net if self.ema_net is None else self.ema_net
+    def eval_net(self) -> Net:
+        """The net that is validated, kept as best and sampled: the moving average if there is one.
+
+        With `other_nets` it is their `Ensemble`.
+        """
+        net = self.net if self.ema_net is None else self.ema_net
+        return Ensemble([net, *self.other_nets]) if self.other_nets else net
 
     def forward(self, idx: Tensor) -> Tensor:
         """The logits (B, T, V) after token ids (B, T), of the net that is validated."""
@@ -372,6 +378,11 @@ class LanguageModel(L.LightningModule):
         if self.compiles:
             torch.compiler.set_stance("force_eager")  # shapes vary in validation and sampling: don't compile for each
         self.val_metrics.to(torch.float32)  # Lightning casts them with the weights, and a sum in bfloat16 stops growing
+        self.move_other_nets()
+
+    def move_other_nets(self) -> None:
+        for net in self.other_nets:  # Lightning doesn't know them
+            net.to(self.device, next(self.net.parameters()).dtype)
 
     def on_validation_end(self) -> None:
         if self.compiles:
@@ -383,6 +394,7 @@ class LanguageModel(L.LightningModule):
 
     def on_test_start(self) -> None:
         self.test_metrics.to(torch.float32)  # as in on_validation_start
+        self.move_other_nets()
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         self.measure(self.test_metrics, *batch)
