@@ -32,7 +32,9 @@ def test_the_loss_is_the_weighted_sum_of_both_cross_entropies_over_the_counted_t
 
 
 def test_a_student_that_equals_its_teacher_stays_as_it_is(net, idx):
-    lm = LanguageModel(vocab_size=V, block_size=T, n_layer=3, n_head=2, n_embd=16, dropout=0.0, soft_weight=1.0).double()
+    lm = LanguageModel(
+        vocab_size=V, block_size=T, n_layer=3, n_head=2, n_embd=16, dropout=0.0, soft_weight=1.0
+    ).double()
     lm.net.load_state_dict(net.state_dict())
     lm.teachers = [net.requires_grad_(False)]
     lm.train_loss(idx, idx.roll(-1, 1)).backward()
