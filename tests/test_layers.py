@@ -65,6 +65,14 @@ def test_importing_the_package_imports_neither_torch_nor_lightning():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+def test_training_imports_no_optional_package_of_torchmetrics():
+    code = (
+        "import sys; from lightning_gpt.cli.main import main\ntry: main(['fit', '--help'])\nexcept SystemExit: pass\n"
+        "sys.exit('torchmetrics' not in sys.modules or 'transformers' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, stdout=subprocess.DEVNULL)
+
+
 def test_every_private_name_of_lightning_and_jsonargparse_exists():
     """Fails with a newer version that renames one; the message says which."""
     assert not missing_names(), "\n".join(missing_names())

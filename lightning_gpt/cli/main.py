@@ -81,9 +81,29 @@ def dispatch(args: list[str]) -> None:
         options = parser.parse_args(args[1:])
         function(**{key: value for key, value in options.items() if key != "config"})
     else:
+        import_torchmetrics()
         from .train import train
 
         train(args)
+
+
+def import_torchmetrics() -> None:
+    """Imports torchmetrics as where transformers and torchvision are not installed, which it imports but we don't use.
+
+    They take seconds to import.
+    """
+    from lightning_utilities.core import imports
+
+    def version(distribution_name: str) -> str:
+        if distribution_name in ("transformers", "torchvision"):
+            raise imports.PackageNotFoundError(distribution_name)
+        return real_version(distribution_name)
+
+    real_version, imports._version = imports._version, version
+    try:
+        import torchmetrics  # noqa: F401
+    finally:
+        imports._version = real_version
 
 
 def check_command(args: list[str]) -> None:

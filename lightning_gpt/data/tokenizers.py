@@ -68,6 +68,10 @@ class Tokenizer:
     def __len__(self) -> int:
         return self.size
 
+    def has_ids_of(self, other: "Tokenizer") -> bool:
+        """Whether each id stands for the same text in both."""
+        return (self.name, self.vocabulary, len(self)) == (other.name, other.vocabulary, len(other))
+
     @classmethod
     def from_state(cls, state: dict, size: int | None) -> "Tokenizer":
         """Rebuilds a tokenizer from `state()`, with `size` ids."""

@@ -85,7 +85,7 @@ def load_files(
     nets, tokenizers = zip(*(load_net(path, device) for path in paths), strict=True)
     tokenizer = tokenizers[0]
     for path, other in zip(paths, tokenizers, strict=True):
-        if (other.name, other.vocabulary, len(other)) != (tokenizer.name, tokenizer.vocabulary, len(tokenizer)):
+        if not other.has_ids_of(tokenizer):
             raise ValueError(
                 f"{paths[0]} and {path} have different vocabularies, {len(tokenizer)} tokens of {tokenizer.name} "
                 f"and {len(other)} of {other.name}: an ensemble needs nets with one vocabulary"

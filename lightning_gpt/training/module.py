@@ -3,7 +3,7 @@
 import math
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from copy import deepcopy
 from dataclasses import asdict
 from functools import partial
@@ -18,12 +18,12 @@ from torch.nn import functional as F
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torchmetrics import MeanMetric, Metric, MetricCollection
 
-from ..checkpoint.io import dequantize
+from ..checkpoint.io import dequantize, find_checkpoints
 from ..checkpoint.transfer import transfer_weights
 from ..cuda_graph import CapturedStep
 from ..data.tokenizers import Tokenizer, build_from_state
 from ..data.windows import derive_seed
-from ..inference.text import generate
+from ..inference.text import generate, load_files
 from ..model.ensemble import Ensemble, Net
 from ..model.gpt import GPT, GPTConfig, parameter_role
 from ..model.lecture import LectureModel, build_net
@@ -40,18 +40,26 @@ from .optim import Muon, adamw_groups, lr_factor, muon_groups
 from .strategies import DDPFlatStrategy, FSDP2Strategy, apply_fsdp, full_tensor
 
 
-def cross_entropy(logits: Tensor, y: Tensor) -> Tensor:
+def cross_entropy(logits: Tensor, y: Tensor, teacher_logits: Tensor | None = None, soft_weight: float = 0.0) -> Tensor:
     """Mean cross-entropy of the targets y (B, T), in nats per token; computed in float32 or float64.
 
-    Targets of -100, the default ignore_index of F.cross_entropy, do not count.
+    Targets of -100, the default ignore_index of F.cross_entropy, do not count. With `teacher_logits` (B, T, V) it is
+    (1 - soft_weight) of that and soft_weight of the cross-entropy of the teacher's probabilities: Hinton et al. 2015,
+    section 2, at temperature 1.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # autocast would do the same
-    return F.cross_entropy(logits.flatten(0, 1), y.flatten())
+    hard = F.cross_entropy(logits.flatten(0, 1), y.flatten())
+    if teacher_logits is None:
+        return hard
+    teacher_probs = teacher_logits.to(logits.dtype).softmax(-1)
+    soft = F.cross_entropy(logits.flatten(0, 1), teacher_probs.flatten(0, 1), reduction="none")
+    counts = y.flatten() >= 0
+    return (1 - soft_weight) * hard + soft_weight * (soft * counts).sum() / counts.sum()
 
 
-def next_token_loss(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-    """Mean cross-entropy of the targets y (B, T) after the inputs x (B, T), in nats per token."""
-    return cross_entropy(net(x), y)
+def next_token_loss(net: nn.Module, x: Tensor, y: Tensor, *teacher) -> Tensor:
+    """`cross_entropy` of the targets y (B, T) after the inputs x (B, T)."""
+    return cross_entropy(net(x), y, *teacher)
 
 
 def features_loss(net: GPT, features: Tensor, y: Tensor) -> Tensor:
@@ -97,6 +105,10 @@ class LanguageModel(L.LightningModule):
             that name below checkpoints/. It brings sizes and vocabulary. null starts from random weights.
         freeze_layers: number of lowest blocks to freeze, together with the embeddings; with tied embeddings the head
             too.
+        teachers: checkpoints to learn from, a comma-separated list or a pattern: the targets are then not only the next
+            tokens but also the mean of the teachers' probabilities, and the step is not compiled. null learns from the
+            text alone.
+        soft_weight: weight of the teachers' probabilities in the loss; that of the next tokens is 1 - soft_weight.
         seed: of the dropout; the masks of step k depend on (seed, rank, k).
         compile: compile the blocks (torch.compile) and, on one GPU, replay the whole step as a CUDA graph: a slow
             start for fast steps. Callbacks' hooks inside a step are then called in its first few only.
@@ -121,6 +133,8 @@ class LanguageModel(L.LightningModule):
         ema_decay: float = 0.0,
         init_from: str | None = None,
         freeze_layers: int = 0,
+        teachers: str | None = None,
+        soft_weight: float = 0.9,
         seed: int = 1337,
         compile: bool = False,
         **net,
@@ -130,9 +144,10 @@ class LanguageModel(L.LightningModule):
             "ema_decay": ema_decay,
             "min_lr_ratio": min_lr_ratio,
             "decay_fraction": decay_fraction,
+            "soft_weight": soft_weight,
         }.items():
             if not 0 <= value <= 1 or value == 1 and name == "ema_decay":
-                raise ValueError(f"{name}={value} is a share: 0 or more, and less than 1 (min_lr_ratio may be 1)")
+                raise ValueError(f"{name}={value} is a share: 0 or more, and at most 1 (ema_decay: less than 1)")
         for name, rate in {"learning_rate": learning_rate, "muon_lr": muon_lr}.items():
             if not 0 <= rate <= 1e30:
                 raise ValueError(f"{name}={rate} must be between 0 and 1e30; 1e-4 to 1e-1 are usual")
@@ -155,6 +170,7 @@ class LanguageModel(L.LightningModule):
                 "small for that: leave it out"
             )
         self.other_nets: Sequence[GPT | LectureModel] = ()  # averaged with this one in validate and test, if any
+        self.teachers: Sequence[Net] = ()  # none or one, an Ensemble if there are several checkpoints
         self.init_from = init_from  # the command line sets it to None on resume: the checkpoint has all weights
         self.head_loss, self.compiles = features_loss, False
         self.captured: CapturedStep | None = None
@@ -220,7 +236,7 @@ class LanguageModel(L.LightningModule):
 
     def mean_loss(self, x: Tensor, y: Tensor) -> Tensor:
         if not self.compiles:
-            return next_token_loss(self.net, x, y)
+            return next_token_loss(self.net, x, y, *self.teach(x))
         try:
             net = cast(GPT, self.net)
             return self.head_loss(net, net.features(x), y)
@@ -230,6 +246,11 @@ class LanguageModel(L.LightningModule):
             self.compiles = False
             torch.compiler.set_stance("force_eager")
             return next_token_loss(self.net, x, y)
+
+    @torch.no_grad()
+    def teach(self, x: Tensor) -> tuple[Tensor, float] | tuple[()]:
+        """The teachers' logits (B, T, V) after x (B, T) and their weight in the loss; nothing without teachers."""
+        return (self.teachers[0](x), self.hparams.soft_weight) if self.teachers else ()
 
     def on_before_batch_transfer(self, batch: Tensor, dataloader_idx: int) -> Tensor:
         """Calls `on_step_done(trainer)` of the callbacks that have it, after step k is logged and validated and before
@@ -361,7 +382,7 @@ class LanguageModel(L.LightningModule):
 
     def metrics_of_step(self, loss: Tensor, batch: tuple[Tensor, ...]) -> dict[str, Tensor]:
         """What is logged beside the loss of a step, by name; bpc is that of the last batch's targets."""
-        if self.chars_per_token is None:
+        if self.chars_per_token is None or self.teachers:  # the loss with teachers is not that of the text
             return self.step_metrics
         targets = batch[1][batch[1] >= 0]
         return {"bpc": loss / self.chars_per_token[targets].float().mean() / math.log(2)}
@@ -378,10 +399,11 @@ class LanguageModel(L.LightningModule):
         if self.compiles:
             torch.compiler.set_stance("force_eager")  # shapes vary in validation and sampling: don't compile for each
         self.val_metrics.to(torch.float32)  # Lightning casts them with the weights, and a sum in bfloat16 stops growing
-        self.move_other_nets()
+        self.move_nets(self.other_nets)
 
-    def move_other_nets(self) -> None:
-        for net in self.other_nets:  # Lightning doesn't know them
+    def move_nets(self, nets: Iterable[nn.Module]) -> None:
+        """Moves nets that are not submodules, and so not in checkpoints, where the trained one is."""
+        for net in nets:
             net.to(self.device, next(self.net.parameters()).dtype)
 
     def on_validation_end(self) -> None:
@@ -394,7 +416,7 @@ class LanguageModel(L.LightningModule):
 
     def on_test_start(self) -> None:
         self.test_metrics.to(torch.float32)  # as in on_validation_start
-        self.move_other_nets()
+        self.move_nets(self.other_nets)
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         self.measure(self.test_metrics, *batch)
@@ -439,11 +461,32 @@ class LanguageModel(L.LightningModule):
         self.register_buffer("chars_per_token", table, persistent=False)
         self.val_metrics = MetricCollection(self.validation_metrics(), prefix="val/")
         self.test_metrics = self.val_metrics.clone(prefix="test/")
+        if stage == "fit" and self.hparams.teachers:
+            self.load_teachers(tokenizer)
         if stage == "fit" and self.init_from:
             weights = transfer_weights(self.init_from, self.net.state_dict(), tokenizer, self.hparams.freeze_layers > 0)
             for net in self.net, self.ema_net:
                 if net is not None:
                     net.load_state_dict(weights)
+
+    def load_teachers(self, tokenizer: Tokenizer | None) -> None:
+        """Raises ValueError if the stage learns no text, or the teachers' vocabulary or context does not fit."""
+        if self.stage not in ("fit", "sft"):
+            raise ValueError(f"model.teachers is for fit and sft, and {self.stage} has another loss: leave it out")
+        paths = find_checkpoints(self.hparams.teachers)
+        net, theirs = load_files(paths, "cpu", "float32")
+        if tokenizer is not None and not theirs.has_ids_of(tokenizer):
+            raise ValueError(
+                f"the teachers {self.hparams.teachers} have another vocabulary than the data, {len(theirs)} tokens of "
+                f"{theirs.name} instead of {len(tokenizer)} of {tokenizer.name}: a student needs that of its teachers"
+            )
+        if net.config.block_size < self.hparams.block_size:
+            raise ValueError(
+                f"the teachers' block_size={net.config.block_size} is less than model.block_size="
+                f"{self.hparams.block_size}: take at most theirs"
+            )
+        self.teachers = [net.eval().requires_grad_(False)]
+        self.hparams.teachers = ",".join(map(str, paths))  # a resumed run has the same ones
 
     def check_sizes(self, tokenizer: Tokenizer, block_size: int) -> None:
         """Raises ValueError if the data's token ids or windows do not fit the net."""
@@ -547,7 +590,9 @@ class LanguageModel(L.LightningModule):
         self.last_step_done = 0  # this net may have been trained before ...
         self.init_from = None  # ... and a second fit continues from its weights
         self.bad_losses = torch.zeros((), dtype=torch.int64, device=self.device)
-        self.compiles = self.hparams.compile
+        self.move_nets(self.teachers)
+        # some compiled runs with teachers diverged on an H100 with torch 2.11, and none that was not compiled
+        self.compiles = self.hparams.compile and not self.teachers
         if self.compiles:
             for block in self.net.h:
                 block.compile(dynamic=False)  # in place and one graph for all: the checkpoint's keys do not change
