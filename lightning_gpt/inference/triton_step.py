@@ -67,15 +67,12 @@ def combine_splits(x, lse, row, k, mask, K: tl.constexpr, D: tl.constexpr, SPLIT
 
 
 @triton.jit
-def normalize(z, mean, scale, norm_w, norm_b, k, K: tl.constexpr, NORM: tl.constexpr):
-    """z, columns k of a row of K, normalized, with learned scale and bias where there are any."""
-    if NORM != "":
-        z = tl.where(k < K, (z - mean) * scale, 0.0)
-        if norm_w is not None:
-            z *= tl.load(norm_w + k, mask=k < K, other=0.0).to(tl.float32)
-        if norm_b is not None:
-            z += tl.load(norm_b + k, mask=k < K, other=0.0).to(tl.float32)
-    return z
+def load_vector(p, i, mask, default: tl.constexpr):
+    """p[i] in float32, or `default` where there is no p."""
+    if p is None:
+        return tl.full(i.shape, default, tl.float32)
+    else:
+        return tl.load(p + i, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -117,12 +114,17 @@ def fused_linear(
     row = (tl.program_id(1) * ROWS + tl.arange(0, ROWS))[:, None]
     row_mask, i = row < B, tl.arange(0, BLOCK_K)[None]
     index, mask = n[:, None] * K + i, (n < N)[:, None] & (i < K)
-    weights = tl.load(w + index, mask=mask, other=0.0)  # loaded while the previous kernel still runs
+    # all that does not depend on the previous kernel is loaded while it still runs
+    weights = tl.load(w + index, mask=mask, other=0.0)
     if ACTIVATION == "swiglu":
         gates = tl.load(w + N * K + index, mask=mask, other=0.0)
+    gain, shift = load_vector(norm_w, i, i < K, 1.0), load_vector(norm_b, i, i < K, 0.0)
+    y_bias = load_vector(bias, n, n < N, 0.0)[None]
     pdl_wait(USE_PDL)
     k = tl.arange(0, FULL_K)[None] if NORM != "" else i
     z = combine_splits(x, lse, row, k, row_mask & (k < K), K, D, SPLITS)
+    out_index, out_mask = row * N + n[None], row_mask & (n < N)[None]
+    shortcut = load_vector(residual, out_index, out_mask, 0.0)
     mean = tl.sum(z, 1, keep_dims=True) / K if NORM == "layernorm" else tl.zeros((ROWS, 1), tl.float32)
     scale = mean
     if NORM != "":
@@ -130,23 +132,23 @@ def fused_linear(
         scale = tl.rsqrt(tl.sum(centred * centred, 1, keep_dims=True) / K + EPS)
         if BLOCK_K < FULL_K:
             z = combine_splits(x, lse, row, i, row_mask & (i < K), K, D, SPLITS)
-    z = normalize(z, mean, scale, norm_w, norm_b, i, K, NORM)
-    y = matmul(z, weights)
+        z = tl.where(i < K, (z - mean) * scale, 0.0) * gain + shift
+    y = matmul(z, weights) + y_bias
     if ACTIVATION == "swiglu":
         gate = matmul(z, gates)
+        if bias is not None:
+            gate += tl.load(bias + N + n, mask=n < N, other=0.0).to(tl.float32)[None]
     for start in range(BLOCK_K, K, BLOCK_K):
         i = start + tl.arange(0, BLOCK_K)[None]
         index, mask = n[:, None] * K + i, (n < N)[:, None] & (i < K)
         weights = tl.load(w + index, mask=mask, other=0.0)
         z = combine_splits(x, lse, row, i, row_mask & (i < K), K, D, SPLITS)
-        z = normalize(z, mean, scale, norm_w, norm_b, i, K, NORM)
+        if NORM != "":
+            gain, shift = load_vector(norm_w, i, i < K, 1.0), load_vector(norm_b, i, i < K, 0.0)
+            z = tl.where(i < K, (z - mean) * scale, 0.0) * gain + shift
         y += matmul(z, weights)
         if ACTIVATION == "swiglu":
             gate += matmul(z, tl.load(w + N * K + index, mask=mask, other=0.0))
-    if bias is not None:
-        y += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None]
-        if ACTIVATION == "swiglu":
-            gate += tl.load(bias + N + n, mask=n < N, other=0.0).to(tl.float32)[None]
     if ACTIVATION == "gelu":
         y = 0.5 * y * (1 + tl.erf(y * 0.7071067811865476))
     elif ACTIVATION == "gelu_tanh":
@@ -159,10 +161,7 @@ def fused_linear(
         y *= tl.sigmoid(y) * gate
     elif ACTIVATION == "softcap":
         y = softcap * (2 * tl.sigmoid(2 * y / softcap) - 1)  # softcap tanh(y / softcap)
-    index, mask = row * N + n[None], row_mask & (n < N)[None]
-    if residual is not None:
-        y += tl.load(residual + index, mask=mask, other=0.0)
-    tl.store(out + index, y, mask=mask)
+    tl.store(out + out_index, shortcut + y, mask=out_mask)
 
 
 @triton.jit
