@@ -17,9 +17,10 @@ from ..model.gpt import GPT, CausalSelfAttention
 
 if TYPE_CHECKING:
     from ..model.kv_cache import KVCache
-    from .sampling import Sampler
+    from .sampling import Sampler, SamplingConfig
 
-MAX_VOCAB = 2**13  # tokens that one program of `sample_kernel` can hold
+MAX_TOKENS = 2**13  # that one program of `sample_kernel` can hold
+GROUPS = 2**11  # of tokens, in a larger vocabulary
 
 
 @triton.jit
@@ -253,21 +254,70 @@ def attention_kernel(
 def mask_top(probs, weight, target):
     """The largest probs, as many as it takes for the sum of their weights to reach `target`; the others become 0.
 
-    Non-negative floats are ordered as their bits are, so the threshold is found bit by bit.
+    Non-negative floats are ordered as their bits are, so the threshold is found by bisection: those from `high` on
+    weigh less than `target`, those from `low` on enough.
     """
     bits = probs.to(tl.int32, bitcast=True)
-    threshold = tl.zeros((), tl.int32)
-    for i in range(30):
-        candidate = threshold | (1 << (29 - i))
-        threshold = tl.where(tl.sum(tl.where(bits >= candidate, weight, 0.0)) >= target, candidate, threshold)
-    above, equal = bits > threshold, tl.where(bits == threshold, weight, 0.0)
+    low, high, reached = tl.zeros((), tl.int32), tl.max(bits) + 1, tl.sum(weight)
+    while (high - low > 1) & (reached != target):
+        middle = low + (high - low) // 2
+        total = tl.sum(tl.where(bits >= middle, weight, 0.0))
+        enough = total >= target
+        reached = tl.where(enough, total, reached)
+        low, high = tl.where(enough, middle, low), tl.where(enough, high, middle)
+    above, equal = bits >= high, tl.where((bits >= low) & (bits < high), weight, 0.0)
     before = tl.sum(tl.where(above, weight, 0.0)) + tl.cumsum(equal) - equal
-    return tl.where(above | (bits == threshold) & (before < target), probs, 0.0)
+    return tl.where(above | (bits >= low) & (before < target), probs, 0.0)
+
+
+@triton.jit
+def load_penalized(logits, seen, index, mask, penalty):
+    """Logits with those of the tokens in the text made smaller."""
+    z = tl.load(logits + index, mask=mask, other=float("-inf"))
+    if seen is not None:
+        old = tl.load(seen + index, mask=mask, other=0) != 0
+        z = tl.where(old, tl.where(z > 0, z / penalty, z * penalty), z)
+    return z
+
+
+@triton.jit
+def token_ids(group, i, GROUPS: tl.constexpr):
+    """The token i of a group: eight neighbours, the eight that follow 8 GROUPS tokens later, ..."""
+    return (i // 8 * GROUPS + group) * 8 + i % 8
+
+
+@triton.jit
+def shortlist_kernel(
+    logits,
+    seen,
+    groups,  # (B, TOP)
+    temperature,
+    top_k,
+    penalty,
+    V,
+    SIZE: tl.constexpr,  # tokens of a group
+    GROUPS: tl.constexpr,
+    TOP: tl.constexpr,
+    USE_PDL: tl.constexpr,
+):
+    """The `top_k` groups of tokens with the largest maxima, which hold the `top_k` largest logits of the row."""
+    b, group, i, slot = tl.program_id(0), tl.arange(0, GROUPS), tl.arange(0, 8)[None], tl.arange(0, TOP)
+    pdl_wait(USE_PDL)
+    highest = tl.full((GROUPS,), float("-inf"), tl.float32)
+    for start in tl.static_range(0, SIZE, 8):
+        v = token_ids(group[:, None], start + i, GROUPS)
+        highest = tl.maximum(highest, tl.max(load_penalized(logits, seen, b * V + v, v < V, penalty), 1))
+    z = tl.exp((highest - tl.max(highest)) / temperature)
+    kept = mask_top(z, tl.where(highest > float("-inf"), 1.0, 0.0), top_k) > 0
+    place = tl.cumsum(kept.to(tl.int32))
+    tl.store(groups + b * TOP + slot, V, mask=slot >= tl.max(place))
+    tl.store(groups + b * TOP + place - 1, group, mask=kept)
 
 
 @triton.jit
 def sample_kernel(
     logits,
+    groups,  # of tokens to draw from, as `shortlist_kernel` leaves them
     noise,  # (noise_steps, B, V)
     token,
     ids,  # (B, steps)
@@ -286,19 +336,21 @@ def sample_kernel(
     TOP_K: tl.constexpr,
     TOP_P: tl.constexpr,
     BLOCK: tl.constexpr,
+    SIZE: tl.constexpr,
+    GROUPS: tl.constexpr,
     USE_PDL: tl.constexpr,
 ):
     """The next token of each row, as `sampling.Sampler` draws it with the same noise."""
     b, v = tl.program_id(0), tl.arange(0, BLOCK)
     n = tl.load(count + b)
+    if groups is not None:
+        pdl_wait(USE_PDL)
+        v = token_ids(tl.load(groups + b * (BLOCK // SIZE) + v // SIZE), v % SIZE, GROUPS)
     if not ARGMAX:
         draw_noise = tl.load(noise + ((n % noise_steps) * tl.num_programs(0) + b) * V + v, mask=v < V, other=1.0)
-    pdl_wait(USE_PDL)
-    z = tl.load(logits + b * V + v, mask=v < V, other=float("-inf"))
-    unpenalized = z
-    if seen is not None:
-        old = tl.load(seen + b * V + v, mask=v < V, other=0) != 0
-        z = tl.where(old, tl.where(z > 0, z / penalty, z * penalty), z)
+    if groups is None:
+        pdl_wait(USE_PDL)
+    z = load_penalized(logits, seen, b * V + v, v < V, penalty)
     if not ARGMAX:
         z = tl.exp((z - tl.max(z)) / temperature)
         if TOP_K:
@@ -308,12 +360,15 @@ def sample_kernel(
         z = tl.where(z >= min_p, z, 0.0) / draw_noise
         z = tl.where(v < V, z, -1.0)
     new = tl.argmax(z, 0)
+    if groups is not None:
+        new = tl.max(tl.where(tl.arange(0, BLOCK) == new, v, 0))
     tl.store(token + b, new)
     tl.store(ids + b * steps + n, new)
     tl.store(count + b, n + 1)
     if seen is not None:
         tl.store(seen + b * V + new, 1)
     if logprobs is not None:
+        unpenalized = tl.load(logits + b * V + v, mask=v < V, other=float("-inf"))
         highest = tl.max(unpenalized)
         chosen = tl.sum(tl.where(v == new, unpenalized, 0.0))
         tl.store(logprobs + b * steps + n, chosen - highest - tl.log(tl.sum(tl.exp(unpenalized - highest))))
@@ -458,18 +513,51 @@ class TritonStep:
         )
 
 
+def shortlist_shape(sampling: "SamplingConfig", V: int) -> tuple[int, int]:
+    """Groups of the shortlist, a power of 2, and tokens of each group."""
+    top_k = 1 if sampling.temperature == 0 else sampling.top_k or V
+    return next_power_of_2(top_k), next_power_of_2(triton.cdiv(V, GROUPS), 8)
+
+
+def can_draw(sampler: "Sampler") -> bool:
+    """Whether `draw` takes this vocabulary, or finds few enough tokens in it to draw from."""
+    V = sampler.noise.size(2)
+    top, size = shortlist_shape(sampler.sampling, V)
+    return V <= MAX_TOKENS or sampler.logprobs is None and top * size <= MAX_TOKENS
+
+
 def draw(sampler: "Sampler", logits: Tensor) -> None:
-    """What `sampler(logits)` does, in one kernel, for at most MAX_VOCAB tokens; logits (B, V) in float32."""
-    how, V = sampler.sampling, logits.size(1)
-    sample_kernel[len(logits),](
+    """What `sampler(logits)` does, in one kernel or two; logits (B, V) in float32."""
+    how, (B, V), launch = sampler.sampling, logits.shape, launch_options(logits.device)
+    seen = sampler.seen.view(torch.uint8) if how.repetition_penalty != 1 else None
+    top, size = shortlist_shape(how, V)
+    temperature, groups, block = max(how.temperature, 1e-30), None, next_power_of_2(V)
+    if V > MAX_TOKENS:
+        groups, block = torch.empty(B, top, dtype=torch.int32, device=logits.device), top * size
+        shortlist_kernel[B,](
+            logits,
+            seen,
+            groups,
+            temperature,
+            float(min(how.top_k or 1, top)),
+            how.repetition_penalty,
+            V,
+            SIZE=size,
+            GROUPS=GROUPS,
+            TOP=top,
+            num_warps=32,
+            **launch,
+        )
+    sample_kernel[B,](
         logits,
+        groups,
         sampler.noise,
         sampler.token,
         sampler.ids,
         sampler.count,
-        sampler.seen.view(torch.uint8) if how.repetition_penalty != 1 else None,
+        seen,
         sampler.logprobs,
-        max(how.temperature, 1e-30),
+        temperature,
         float(how.top_k or 0),
         how.top_p or 1.0,
         how.min_p or 0.0,
@@ -480,7 +568,9 @@ def draw(sampler: "Sampler", logits: Tensor) -> None:
         ARGMAX=how.temperature == 0,
         TOP_K=how.top_k is not None and how.top_k < V,
         TOP_P=how.top_p is not None and how.top_p < 1,
-        BLOCK=next_power_of_2(V),
-        num_warps=min(32, max(1, next_power_of_2(V) // 256)),
-        **launch_options(logits.device),
+        BLOCK=block,
+        SIZE=size,
+        GROUPS=GROUPS,
+        num_warps=min(32, max(1, block // 256)),
+        **launch,
     )
