@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from .sampling import Sampler, SamplingConfig
 
 MAX_TOKENS = 2**13  # that one program of `sample_kernel` can hold
-GROUPS = 2**11  # of tokens, in a larger vocabulary
+GROUPS = 2**12  # of tokens, in a larger vocabulary
 
 
 @triton.jit
@@ -251,15 +251,16 @@ def attention_kernel(
 
 
 @triton.jit
-def mask_top(probs, weight, target):
+def mask_top(probs, weight, target, limit):
     """The largest probs, as many as it takes for the sum of their weights to reach `target`; the others become 0.
 
-    Non-negative floats are ordered as their bits are, so the threshold is found by bisection: those from `high` on
-    weigh less than `target`, those from `low` on enough.
+    A sum of up to `limit` will do, which takes fewer steps. Non-negative floats are ordered as their bits are, so the
+    threshold is found by bisection: those from `high` on weigh less than `target`, those from `low` on enough.
     """
     bits = probs.to(tl.int32, bitcast=True)
-    low, high, reached = tl.zeros((), tl.int32), tl.max(bits) + 1, tl.sum(weight)
-    while (high - low > 1) & (reached != target):
+    high, reached = tl.max(bits) + 1, tl.sum(weight)
+    low = tl.min(tl.where(weight > 0, bits, high))
+    while (high - low > 1) & (reached > limit):
         middle = low + (high - low) // 2
         total = tl.sum(tl.where(bits >= middle, weight, 0.0))
         enough = total >= target
@@ -267,7 +268,7 @@ def mask_top(probs, weight, target):
         low, high = tl.where(enough, middle, low), tl.where(enough, high, middle)
     above, equal = bits >= high, tl.where((bits >= low) & (bits < high), weight, 0.0)
     before = tl.sum(tl.where(above, weight, 0.0)) + tl.cumsum(equal) - equal
-    return tl.where(above | (bits >= low) & (before < target), probs, 0.0)
+    return tl.where(above | (bits >= low) & (before < limit), probs, 0.0)
 
 
 @triton.jit
@@ -300,7 +301,7 @@ def shortlist_kernel(
     TOP: tl.constexpr,
     USE_PDL: tl.constexpr,
 ):
-    """The `top_k` groups of tokens with the largest maxima, which hold the `top_k` largest logits of the row."""
+    """The `top_k` to TOP groups of tokens with the largest maxima, which hold the `top_k` largest logits of the row."""
     b, group, i, slot = tl.program_id(0), tl.arange(0, GROUPS), tl.arange(0, 8)[None], tl.arange(0, TOP)
     pdl_wait(USE_PDL)
     highest = tl.full((GROUPS,), float("-inf"), tl.float32)
@@ -308,7 +309,7 @@ def shortlist_kernel(
         v = token_ids(group[:, None], start + i, GROUPS)
         highest = tl.maximum(highest, tl.max(load_penalized(logits, seen, b * V + v, v < V, penalty), 1))
     z = tl.exp((highest - tl.max(highest)) / temperature)
-    kept = mask_top(z, tl.where(highest > float("-inf"), 1.0, 0.0), top_k) > 0
+    kept = mask_top(z, tl.where(highest > float("-inf"), 1.0, 0.0), top_k, TOP) > 0
     place = tl.cumsum(kept.to(tl.int32))
     tl.store(groups + b * TOP + slot, V, mask=slot >= tl.max(place))
     tl.store(groups + b * TOP + place - 1, group, mask=kept)
@@ -354,9 +355,14 @@ def sample_kernel(
     if not ARGMAX:
         z = tl.exp((z - tl.max(z)) / temperature)
         if TOP_K:
-            z = mask_top(z, tl.where(v < V, 1.0, 0.0), top_k)
+            floor = 0.0
+            if groups is not None:  # top_k groups or more have a token of at least this weight
+                highest = tl.max(tl.reshape(z, BLOCK // SIZE, SIZE), 1)
+                floor = tl.min(tl.where(highest > 0, highest, 1.0))
+            z = mask_top(z, tl.where((v < V) & (z >= floor), 1.0, 0.0), top_k, top_k)
         if TOP_P:
-            z = mask_top(z, z, top_p * tl.sum(z))
+            target = top_p * tl.sum(z)
+            z = mask_top(z, z, target, target)
         z = tl.where(z >= min_p, z, 0.0) / draw_noise
         z = tl.where(v < V, z, -1.0)
     new = tl.argmax(z, 0)
@@ -545,7 +551,7 @@ def draw(sampler: "Sampler", logits: Tensor) -> None:
             SIZE=size,
             GROUPS=GROUPS,
             TOP=top,
-            num_warps=32,
+            num_warps=8,
             **launch,
         )
     sample_kernel[B,](
@@ -571,6 +577,6 @@ def draw(sampler: "Sampler", logits: Tensor) -> None:
         BLOCK=block,
         SIZE=size,
         GROUPS=GROUPS,
-        num_warps=min(32, max(1, block // 256)),
+        num_warps=min(8, max(1, block // 256)),
         **launch,
     )
