@@ -354,20 +354,28 @@ def sample_kernel(
     z = load_penalized(logits, seen, b * V + v, v < V, penalty)
     if not ARGMAX:
         z = tl.exp((z - tl.max(z)) / temperature)
-        if TOP_K:
-            floor = 0.0
-            if groups is not None:  # top_k groups or more have a token of at least this weight
-                highest = tl.max(tl.reshape(z, BLOCK // SIZE, SIZE), 1)
-                floor = tl.min(tl.where(highest > 0, highest, 1.0))
-            z = mask_top(z, tl.where((v < V) & (z >= floor), 1.0, 0.0), top_k, top_k)
         if TOP_P:
+            if TOP_K:
+                z = mask_top(z, tl.where(v < V, 1.0, 0.0), top_k, top_k)
             target = top_p * tl.sum(z)
             z = mask_top(z, z, target, target)
-        z = tl.where(z >= min_p, z, 0.0) / draw_noise
-        z = tl.where(v < V, z, -1.0)
-    new = tl.argmax(z, 0)
+        elif groups is not None:  # top_k groups or more have a token of at least this weight
+            highest = tl.max(tl.reshape(z, BLOCK // SIZE, SIZE), 1)
+            z = tl.where(z >= tl.min(tl.where(highest > 0, highest, 1.0)), z, 0.0)
+        z = tl.where(v < V, tl.where(z >= min_p, z, 0.0), -1.0)
+    else:
+        draw_noise = 1.0
+    new = tl.argmax(z / draw_noise, 0)
+    i = tl.arange(0, BLOCK)
+    if TOP_K and not (ARGMAX or TOP_P):  # draw again, among the tokens ahead of it, while these are top_k or more
+        weight = tl.max(tl.where(i == new, z, 0.0))
+        ahead = (z > weight) | (z == weight) & (i < new)
+        while tl.sum(ahead.to(tl.int32)) >= top_k:
+            new = tl.argmax(tl.where(ahead, z / draw_noise, -1.0), 0)
+            weight = tl.max(tl.where(i == new, z, 0.0))
+            ahead = (z > weight) | (z == weight) & (i < new)
     if groups is not None:
-        new = tl.max(tl.where(tl.arange(0, BLOCK) == new, v, 0))
+        new = tl.max(tl.where(i == new, v, 0))
     tl.store(token + b, new)
     tl.store(ids + b * steps + n, new)
     tl.store(count + b, n + 1)
