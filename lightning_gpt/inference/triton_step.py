@@ -396,6 +396,8 @@ def linear_tile(B: int, N: int, K: int, splits: int) -> tuple[int, int, int, int
     """Rows, outputs and inputs of a program of `fused_linear`, and its warps; measured on an H100."""
     if B == 1:
         block_k = min(next_power_of_2(K), 4096)
+        if N > K:
+            return 1, 8, block_k, max(1, block_k // 512)
         return 1, min(next_power_of_2(N // 200), max(1, 16384 // block_k), 16), block_k, 4
     # tensor cores take at least 16 rows; with splits to combine, more inputs would not fit into the registers
     return 16, 32, next_power_of_2(min(K, 512 if splits == 1 else 64), 16), 4
@@ -403,7 +405,7 @@ def linear_tile(B: int, N: int, K: int, splits: int) -> tuple[int, int, int, int
 
 def attention_tile(B: int, S: int, rope: bool) -> tuple[int, int, int]:
     """Positions of the cache per program of `attention_kernel`, how many of them at once, and its warps."""
-    part, chunk, warps = (256, 64, 4) if B > 1 else (128, 128, 4) if rope else (256, 256, 8)
+    part, chunk, warps = (256, 64, 4) if B > 1 else (128, 128, 4) if rope or S <= 512 else (256, 256, 8)
     return min(part, next_power_of_2(S)), min(chunk, next_power_of_2(S)), warps
 
 
@@ -585,6 +587,6 @@ def draw(sampler: "Sampler", logits: Tensor) -> None:
         BLOCK=block,
         SIZE=size,
         GROUPS=GROUPS,
-        num_warps=min(8, max(1, block // 256)),
+        num_warps=min(16, max(1, block // 256)),
         **launch,
     )
