@@ -11,7 +11,8 @@ from conftest import MODERN, T, V, loud
 
 from lightning_gpt.inference.engine import DecodeSession
 from lightning_gpt.inference.sampling import Sampler, SamplingConfig
-from lightning_gpt.inference.triton_step import TritonStep, can_draw, draw
+from lightning_gpt.inference.triton_sampler import can_draw, draw
+from lightning_gpt.inference.triton_step import TritonStep
 from lightning_gpt.model.gpt import GPT, GPTConfig
 
 pytest.importorskip("triton")

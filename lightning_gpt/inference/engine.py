@@ -151,7 +151,8 @@ class DecodeSession:
         if next(self.net.parameters()).dtype == torch.float64:
             return None
         try:
-            from .triton_step import TritonStep, can_draw, draw
+            from .triton_sampler import can_draw, draw
+            from .triton_step import TritonStep
         except ImportError:
             return None
         sampler, sessions = self.sampler, self.members or [self]
