@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from conftest import MODERN, T, V, loud
 
 from lightning_gpt.inference.engine import DecodeSession
 from lightning_gpt.inference.sampling import Sampler, SamplingConfig
-from lightning_gpt.inference.triton_step import TritonStep, draw
+from lightning_gpt.inference.triton_sampler import can_draw, draw
+from lightning_gpt.inference.triton_step import TritonStep
 from lightning_gpt.model.gpt import GPT, GPTConfig
 
 pytest.importorskip("triton")
@@ -24,7 +26,7 @@ CONFIGS = {
     "bigram": dict(n_layer=0),
 }
 SAMPLING = {
-    "greedy": dict(temperature=0),
+    "greedy": dict(temperature=0, top_k=5),
     "temperature": dict(temperature=2.0, repetition_penalty=1.5),
     "top_k": dict(temperature=2.0, top_k=5),
     "top_p": dict(temperature=2.0, top_p=0.8),
@@ -91,6 +93,26 @@ def test_top_k_with_ties_keeps_exactly_k():
     for _ in range(6):
         draw(s.sampler, backend.step(s.sampler.token))
     assert s.sampler.ids[:, 1:].unique().numel() == 3
+
+
+@pytest.mark.parametrize("name", ["greedy", "top_k", "all"])
+def test_a_large_vocabulary_draws_the_same_tokens(name):
+    B, V, steps = 2, 20_000, 2
+    logits = 3 * torch.randn(steps, B, V, generator=torch.Generator().manual_seed(3)).to(DEVICE)
+    expected, actual = (
+        Sampler(
+            SamplingConfig(**SAMPLING[name]), B, V, steps, torch.Generator(DEVICE).manual_seed(4), False, logits.device
+        )
+        for _ in "12"
+    )
+    assert can_draw(actual)
+    for sampler, sample in (expected, expected), (actual, partial(draw, actual)):
+        sampler.refill_noise(0)
+        sampler.mark_prompt(0, logits[0, 0].topk(50).indices)
+        for each in logits:
+            sample(each)
+    for field in "ids", "seen", "token", "count":
+        assert torch.equal(getattr(actual, field), getattr(expected, field)), field
 
 
 @pytest.mark.skipif(DEVICE == "cuda", reason="kernels can be built on this machine")

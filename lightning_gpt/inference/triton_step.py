@@ -1,7 +1,10 @@
-"""One decode step of a GPT in few Triton kernels: embedding, five per block, one for the head, one for sampling.
+"""One decode step of a GPT in few Triton kernels: embedding, five per block, one for the head.
 
 At one token per row a kernel's work takes less time than its launch, so the number of kernels is what counts. The maths
 is gpt.py's; sums, norms and the residual stream are in float32 for weights of any precision.
+
+On an H100 a kernel that waits for the previous one, normalizes and stores takes 1.3 us at least, and 2 to 3 us with its
+weights. One persistent kernel is no faster: a barrier between its programs takes 1.05 us, more than the wait.
 
 Shapes   B rows · N outputs · K inputs · H heads · D channels of a head · S positions in the cache · V vocabulary
 """
@@ -17,9 +20,6 @@ from ..model.gpt import GPT, CausalSelfAttention
 
 if TYPE_CHECKING:
     from ..model.kv_cache import KVCache
-    from .sampling import Sampler
-
-MAX_VOCAB = 2**13  # tokens that one program of `sample_kernel` can hold
 
 
 @triton.jit
@@ -67,15 +67,12 @@ def combine_splits(x, lse, row, k, mask, K: tl.constexpr, D: tl.constexpr, SPLIT
 
 
 @triton.jit
-def normalize(z, mean, scale, norm_w, norm_b, k, K: tl.constexpr, NORM: tl.constexpr):
-    """z, columns k of a row of K, normalized, with learned scale and bias where there are any."""
-    if NORM != "":
-        z = tl.where(k < K, (z - mean) * scale, 0.0)
-        if norm_w is not None:
-            z *= tl.load(norm_w + k, mask=k < K, other=0.0).to(tl.float32)
-        if norm_b is not None:
-            z += tl.load(norm_b + k, mask=k < K, other=0.0).to(tl.float32)
-    return z
+def load_vector(p, i, mask, default: tl.constexpr):
+    """p[i] in float32, or `default` where there is no p."""
+    if p is None:
+        return tl.full(i.shape, default, tl.float32)
+    else:
+        return tl.load(p + i, mask=mask, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -117,12 +114,17 @@ def fused_linear(
     row = (tl.program_id(1) * ROWS + tl.arange(0, ROWS))[:, None]
     row_mask, i = row < B, tl.arange(0, BLOCK_K)[None]
     index, mask = n[:, None] * K + i, (n < N)[:, None] & (i < K)
-    weights = tl.load(w + index, mask=mask, other=0.0)  # loaded while the previous kernel still runs
+    # all that does not depend on the previous kernel is loaded while it still runs
+    weights = tl.load(w + index, mask=mask, other=0.0)
     if ACTIVATION == "swiglu":
         gates = tl.load(w + N * K + index, mask=mask, other=0.0)
+    gain, shift = load_vector(norm_w, i, i < K, 1.0), load_vector(norm_b, i, i < K, 0.0)
+    y_bias = load_vector(bias, n, n < N, 0.0)[None]
     pdl_wait(USE_PDL)
     k = tl.arange(0, FULL_K)[None] if NORM != "" else i
     z = combine_splits(x, lse, row, k, row_mask & (k < K), K, D, SPLITS)
+    out_index, out_mask = row * N + n[None], row_mask & (n < N)[None]
+    shortcut = load_vector(residual, out_index, out_mask, 0.0)
     mean = tl.sum(z, 1, keep_dims=True) / K if NORM == "layernorm" else tl.zeros((ROWS, 1), tl.float32)
     scale = mean
     if NORM != "":
@@ -130,23 +132,23 @@ def fused_linear(
         scale = tl.rsqrt(tl.sum(centred * centred, 1, keep_dims=True) / K + EPS)
         if BLOCK_K < FULL_K:
             z = combine_splits(x, lse, row, i, row_mask & (i < K), K, D, SPLITS)
-    z = normalize(z, mean, scale, norm_w, norm_b, i, K, NORM)
-    y = matmul(z, weights)
+        z = tl.where(i < K, (z - mean) * scale, 0.0) * gain + shift
+    y = matmul(z, weights) + y_bias
     if ACTIVATION == "swiglu":
         gate = matmul(z, gates)
+        if bias is not None:
+            gate += tl.load(bias + N + n, mask=n < N, other=0.0).to(tl.float32)[None]
     for start in range(BLOCK_K, K, BLOCK_K):
         i = start + tl.arange(0, BLOCK_K)[None]
         index, mask = n[:, None] * K + i, (n < N)[:, None] & (i < K)
         weights = tl.load(w + index, mask=mask, other=0.0)
         z = combine_splits(x, lse, row, i, row_mask & (i < K), K, D, SPLITS)
-        z = normalize(z, mean, scale, norm_w, norm_b, i, K, NORM)
+        if NORM != "":
+            gain, shift = load_vector(norm_w, i, i < K, 1.0), load_vector(norm_b, i, i < K, 0.0)
+            z = tl.where(i < K, (z - mean) * scale, 0.0) * gain + shift
         y += matmul(z, weights)
         if ACTIVATION == "swiglu":
             gate += matmul(z, tl.load(w + N * K + index, mask=mask, other=0.0))
-    if bias is not None:
-        y += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None]
-        if ACTIVATION == "swiglu":
-            gate += tl.load(bias + N + n, mask=n < N, other=0.0).to(tl.float32)[None]
     if ACTIVATION == "gelu":
         y = 0.5 * y * (1 + tl.erf(y * 0.7071067811865476))
     elif ACTIVATION == "gelu_tanh":
@@ -159,10 +161,7 @@ def fused_linear(
         y *= tl.sigmoid(y) * gate
     elif ACTIVATION == "softcap":
         y = softcap * (2 * tl.sigmoid(2 * y / softcap) - 1)  # softcap tanh(y / softcap)
-    index, mask = row * N + n[None], row_mask & (n < N)[None]
-    if residual is not None:
-        y += tl.load(residual + index, mask=mask, other=0.0)
-    tl.store(out + index, y, mask=mask)
+    tl.store(out + out_index, shortcut + y, mask=out_mask)
 
 
 @triton.jit
@@ -250,76 +249,6 @@ def attention_kernel(
         tl.store(values + to + d, new_v.to(values.dtype.element_ty), mask=d < D)
 
 
-@triton.jit
-def mask_top(probs, weight, target):
-    """The largest probs, as many as it takes for the sum of their weights to reach `target`; the others become 0.
-
-    Non-negative floats are ordered as their bits are, so the threshold is found bit by bit.
-    """
-    bits = probs.to(tl.int32, bitcast=True)
-    threshold = tl.zeros((), tl.int32)
-    for i in range(30):
-        candidate = threshold | (1 << (29 - i))
-        threshold = tl.where(tl.sum(tl.where(bits >= candidate, weight, 0.0)) >= target, candidate, threshold)
-    above, equal = bits > threshold, tl.where(bits == threshold, weight, 0.0)
-    before = tl.sum(tl.where(above, weight, 0.0)) + tl.cumsum(equal) - equal
-    return tl.where(above | (bits == threshold) & (before < target), probs, 0.0)
-
-
-@triton.jit
-def sample_kernel(
-    logits,
-    noise,  # (noise_steps, B, V)
-    token,
-    ids,  # (B, steps)
-    count,  # of tokens drawn so far, the same for each row
-    seen,  # which tokens are in the text (B, V), with a repetition penalty
-    logprobs,  # (B, steps), if wanted
-    temperature,
-    top_k,
-    top_p,
-    min_p,
-    penalty,
-    steps,
-    noise_steps,
-    V,
-    ARGMAX: tl.constexpr,
-    TOP_K: tl.constexpr,
-    TOP_P: tl.constexpr,
-    BLOCK: tl.constexpr,
-    USE_PDL: tl.constexpr,
-):
-    """The next token of each row, as `sampling.Sampler` draws it with the same noise."""
-    b, v = tl.program_id(0), tl.arange(0, BLOCK)
-    n = tl.load(count + b)
-    if not ARGMAX:
-        draw_noise = tl.load(noise + ((n % noise_steps) * tl.num_programs(0) + b) * V + v, mask=v < V, other=1.0)
-    pdl_wait(USE_PDL)
-    z = tl.load(logits + b * V + v, mask=v < V, other=float("-inf"))
-    unpenalized = z
-    if seen is not None:
-        old = tl.load(seen + b * V + v, mask=v < V, other=0) != 0
-        z = tl.where(old, tl.where(z > 0, z / penalty, z * penalty), z)
-    if not ARGMAX:
-        z = tl.exp((z - tl.max(z)) / temperature)
-        if TOP_K:
-            z = mask_top(z, tl.where(v < V, 1.0, 0.0), top_k)
-        if TOP_P:
-            z = mask_top(z, z, top_p * tl.sum(z))
-        z = tl.where(z >= min_p, z, 0.0) / draw_noise
-        z = tl.where(v < V, z, -1.0)
-    new = tl.argmax(z, 0)
-    tl.store(token + b, new)
-    tl.store(ids + b * steps + n, new)
-    tl.store(count + b, n + 1)
-    if seen is not None:
-        tl.store(seen + b * V + new, 1)
-    if logprobs is not None:
-        highest = tl.max(unpenalized)
-        chosen = tl.sum(tl.where(v == new, unpenalized, 0.0))
-        tl.store(logprobs + b * steps + n, chosen - highest - tl.log(tl.sum(tl.exp(unpenalized - highest))))
-
-
 def next_power_of_2(n: int, minimum: int = 1) -> int:
     return max(minimum, triton.next_power_of_2(n))
 
@@ -328,6 +257,8 @@ def linear_tile(B: int, N: int, K: int, splits: int) -> tuple[int, int, int, int
     """Rows, outputs and inputs of a program of `fused_linear`, and its warps; measured on an H100."""
     if B == 1:
         block_k = min(next_power_of_2(K), 4096)
+        if N > K:
+            return 1, 8, block_k, max(1, block_k // 512)
         return 1, min(next_power_of_2(N // 200), max(1, 16384 // block_k), 16), block_k, 4
     # tensor cores take at least 16 rows; with splits to combine, more inputs would not fit into the registers
     return 16, 32, next_power_of_2(min(K, 512 if splits == 1 else 64), 16), 4
@@ -335,7 +266,7 @@ def linear_tile(B: int, N: int, K: int, splits: int) -> tuple[int, int, int, int
 
 def attention_tile(B: int, S: int, rope: bool) -> tuple[int, int, int]:
     """Positions of the cache per program of `attention_kernel`, how many of them at once, and its warps."""
-    part, chunk, warps = (256, 64, 4) if B > 1 else (128, 128, 4) if rope else (256, 256, 8)
+    part, chunk, warps = (256, 64, 4) if B > 1 else (128, 128, 4) if rope or S <= 512 else (256, 256, 8)
     return min(part, next_power_of_2(S)), min(chunk, next_power_of_2(S)), warps
 
 
@@ -457,31 +388,3 @@ class TritonStep:
             num_stages=1,
             **self.launch,
         )
-
-
-def draw(sampler: "Sampler", logits: Tensor) -> None:
-    """What `sampler(logits)` does, in one kernel, for at most MAX_VOCAB tokens; logits (B, V) in float32."""
-    how, V = sampler.sampling, logits.size(1)
-    sample_kernel[len(logits),](
-        logits,
-        sampler.noise,
-        sampler.token,
-        sampler.ids,
-        sampler.count,
-        sampler.seen.view(torch.uint8) if how.repetition_penalty != 1 else None,
-        sampler.logprobs,
-        max(how.temperature, 1e-30),
-        float(how.top_k or 0),
-        how.top_p or 1.0,
-        how.min_p or 0.0,
-        how.repetition_penalty,
-        sampler.ids.size(1),
-        sampler.noise_steps,
-        V,
-        ARGMAX=how.temperature == 0,
-        TOP_K=how.top_k is not None and how.top_k < V,
-        TOP_P=how.top_p is not None and how.top_p < 1,
-        BLOCK=next_power_of_2(V),
-        num_warps=min(32, max(1, next_power_of_2(V) // 256)),
-        **launch_options(logits.device),
-    )
