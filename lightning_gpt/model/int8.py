@@ -20,8 +20,8 @@ class Int8Linear(nn.Module):
     """x W^T + b with int8 weights, one scale a row of W; inputs, sums and outputs are in float32.
 
     One row is multiplied by FBGEMM's embedding_bag, which sums int8 rows of a table, each with a float32 weight: the
-    table's rows are the columns of W, and their weights are x. At one row it is faster than PyTorch's int8 matrix
-    products, which also round x. Each bag makes W outputs, few enough for the registers.
+    table's rows are the columns of W, and their weights are x. PyTorch's int8 matrix products round x, and in a decode
+    step of 10.7M parameters they are not clearly faster. Each bag makes W outputs, few enough for the registers.
     """
 
     def __init__(self, linear: nn.Linear):
