@@ -5,8 +5,9 @@
 Both run in one process with the same random weights. "recomputing" is the loop of nanoGPT's sample.py: a forward pass
 over the last block_size tokens for each token, on CUDA with float32 weights under bfloat16 autocast; its mean time at
 lengths spread evenly over the text. "ours" generates the full text, from the call to the last token on the host, on
-CUDA in bfloat16, on a CPU in float32 and then in float16. Both start from token 0. Within a block the two give the same
-text up to 16-bit rounding; beyond it, our context shifts by half a block whenever it is full, see `stream_ids`.
+CUDA in bfloat16, on a CPU in float32, then in float16 and int8. Both start from token 0. Within a block the two give
+the same text up to 16-bit and int8 rounding; beyond it, our context shifts by half a block whenever it is full, see
+`stream_ids`.
 """
 
 import json as json_format
@@ -14,7 +15,7 @@ import sys
 import time
 from contextlib import nullcontext
 from copy import deepcopy
-from typing import Any
+from typing import Any, cast
 
 import jsonargparse
 import torch
@@ -23,6 +24,7 @@ from ..cli.main import run
 from ..cli.parser import Parser
 from ..inference.engine import generate_ids
 from ..inference.sampling import SamplingConfig, sample_next
+from ..inference.text import in_precision
 from ..model.gpt import GPT, GPTConfig
 
 MODELS = {
@@ -30,7 +32,7 @@ MODELS = {
     "10.7M, block 256": GPTConfig(65, 256, 6, 6, 384, dropout=0.0, bias=False),
     "GPT-2 124M, block 1024": GPTConfig(50304, 1024, 12, 12, 768, dropout=0.0, bias=False, tie_embeddings=True),
 }
-CPU_ROWS = ["0.8M, block 64 x 1", "10.7M, block 256 x 1"]
+CPU_ROWS = ["0.8M, block 64 x 1", "10.7M, block 256 x 1", "GPT-2 124M, block 1024 x 1"]
 GPU_ROWS = ["10.7M, block 256 x 1", "10.7M, block 256 x 64", "GPT-2 124M, block 1024 x 1"]
 SAMPLING: dict[str, Any] = {"temperature": 0.8, "top_k": 200}  # the defaults of sample.py
 
@@ -76,7 +78,7 @@ def bench(nets: list[str] | None = None, json: bool = False) -> None:
     device = torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads"
     if not json:
         print(f"{device}: tokens/s\n{'':28}{'':>16}{'recomputing':>12}{'ours':>19}", end="")
-        print("" if gpu else f"{'float16':>19}")
+        print("" if gpu else f"{'float16':>19}{'int8':>19}")
     for each in nets or (GPU_ROWS if gpu else CPU_ROWS):
         name, _, batch_size = each.rpartition(" x ")
         if name not in MODELS or not batch_size.isdecimal() or batch_size == "0":
@@ -99,10 +101,12 @@ def bench(nets: list[str] | None = None, json: bool = False) -> None:
             seconds, first = time_generation(fast, B, n)
             row |= {"ours": B * n / seconds, "first_call_s": first}
             if not gpu:
-                row["float16"] = B * n / time_generation(deepcopy(fast).half(), B, n)[0]
+                for precision in "float16", "int8":
+                    other = cast(GPT, in_precision(deepcopy(fast), precision))
+                    row[precision] = B * n / time_generation(other, B, n)[0]
             rows.append(row)
             if not json:
-                speeds = [row[key] for key in ("ours", "float16") if key in row]
+                speeds = [row[key] for key in ("ours", "float16", "int8") if key in row]
                 cells = [f"{speed:12,.0f}{speed / row['recomputing']:6.1f}x" for speed in speeds]
                 print(f"{each:28}{text:>16}{row['recomputing']:12,.0f}" + "".join(cells), flush=True)
     if json:

@@ -2,8 +2,7 @@
 
 from pathlib import Path
 
-import torch
-
+from ..model.int8 import quantize_rows
 from .io import check_regular_file, find_checkpoint, read_checkpoint, write_checkpoint
 from .validation import VERSION_KEY
 
@@ -28,8 +27,7 @@ def quantize(ckpt_path: str = "best", output: str = "small.ckpt") -> None:
             name = "net." + name.removeprefix(prefix)
             weights[name] = w.float()
             if w.dim() == 2:
-                scales[name] = w.float().abs().amax(1).clamp(min=1e-30) / 127
-                weights[name] = (w.float() / scales[name][:, None]).round().to(torch.int8)
+                weights[name], scales[name] = quantize_rows(w)
     keys = "epoch", "global_step", "config", "stage", VERSION_KEY
     kept = {key: value for key, value in checkpoint.items() if key in keys}
     kept["datamodule_hyper_parameters"] = checkpoint["datamodule_hyper_parameters"]

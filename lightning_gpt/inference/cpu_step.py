@@ -14,12 +14,19 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..model.gpt import GPT, activate
+from ..model.int8 import Int8Linear
 
 if TYPE_CHECKING:
     from ..model.kv_cache import KVCache
 
 
-def functional_norm(module: Any) -> Callable[[Tensor], Tensor]:
+def functional(module: Any) -> Callable[[Tensor], Tensor]:
+    """What a norm or a linear layer computes of x (B, C), without the calls of modules and the look-up of weights."""
+    if isinstance(module, nn.Linear):
+        w, b = module.weight, module.bias
+        return lambda x: F.linear(x, w, b)
+    if isinstance(module, Int8Linear):
+        return module.forward
     if isinstance(module, nn.LayerNorm):
         shape, weight, bias, eps = list(module.normalized_shape), module.weight, module.bias, module.eps
         return lambda x: F.layer_norm(x, shape, weight, bias, eps)
@@ -36,12 +43,11 @@ class CPUStep:
         c = net.config
         self.net, self.cache, self.D = net, cache, c.n_embd // c.n_head
         self.shape = -1, 3, c.n_head, self.D
-        self.ln_e = functional_norm(net.ln_e)
+        self.ln_e = functional(net.ln_e)
         self.blocks = []
         for block in cast(Any, net.h):
-            linears = block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj
-            weights = [w for linear in linears for w in (linear.weight, linear.bias)]
-            self.blocks.append((functional_norm(block.ln_1), functional_norm(block.ln_2), *weights))
+            layers = block.ln_1, block.attn.c_attn, block.attn.c_proj, block.ln_2, block.mlp.c_fc, block.mlp.c_proj
+            self.blocks.append([functional(layer) for layer in layers])
         if c.position == "rope":  # (a, b) cos + (b, -a) sin is rotate(), in one piece
             cos, sin = net.rope
             self.cos, self.sin = torch.cat((cos, cos), -1), torch.cat((sin, -sin), -1)
@@ -58,17 +64,21 @@ class CPUStep:
         x = self.ln_e(x)
         for block, layer in zip(self.blocks, cache.layers, strict=True):
             assert layer.k is not None and layer.v is not None
-            ln_1, ln_2, qkv_w, qkv_b, out_w, out_b, fc_w, fc_b, proj_w, proj_b = block
-            qkv = F.linear(ln_1(x), qkv_w, qkv_b).view(self.shape)  # (B, 3, H, D)
-            qk, v = qkv[:, :2], qkv[:, 2]
-            if c.qk_norm:
-                qk = F.rms_norm(qk, (D,), None, 1e-6)
-            if c.position == "rope":
-                qk = torch.addcmul(qk * self.cos[pos], qk.roll(D // 2, -1), self.sin[pos]).type_as(x)
-            layer.k[:, :, pos], layer.v[:, :, pos] = qk[:, 1], v
-            keys, values = layer.k[:, :, : pos + 1], layer.v[:, :, : pos + 1]
-            y = F.scaled_dot_product_attention(qk[:, 0, :, None], keys, values)  # (B, H, 1, D)
-            x = x + F.linear(y.flatten(1), out_w, out_b)
-            x = x + F.linear(activate(F.linear(ln_2(x), fc_w, fc_b), c.activation), proj_w, proj_b)
+            ln_1, qkv_linear, out_linear, ln_2, fc_linear, proj_linear = block
+            qkv = qkv_linear(ln_1(x)).view(self.shape)  # (B, 3, H, D)
+            q, k, v = qkv.unbind(1)
+            if c.qk_norm or c.position == "rope":
+                qk = qkv[:, :2]
+                if c.qk_norm:
+                    qk = F.rms_norm(qk, (D,), None, 1e-6)
+                if c.position == "rope":
+                    qk = torch.addcmul(qk * self.cos[pos], qk.roll(D // 2, -1), self.sin[pos]).type_as(x)
+                q, k = qk.unbind(1)
+            layer.k.select(2, pos).copy_(k)
+            layer.v.select(2, pos).copy_(v)
+            keys, values = layer.k.narrow(2, 0, pos + 1), layer.v.narrow(2, 0, pos + 1)
+            y = F.scaled_dot_product_attention(q.unsqueeze(2), keys, values)  # (B, H, 1, D)
+            x = x + out_linear(y.flatten(1))
+            x = x + proj_linear(activate(fc_linear(ln_2(x)), c.activation))
         cache.length = pos + 1
         return net.logits(x)

@@ -23,10 +23,12 @@ from ..data.tokenizers import TokenIds, Tokenizer
 from ..data.windows import derive_seed
 from ..model.ensemble import Ensemble, Net
 from ..model.gpt import GPT
+from ..model.int8 import to_int8
 from ..model.lecture import LectureModel
 from .engine import stream_ids
 
 PACKAGED_CHECKPOINT = Path(__file__).parent / "shakespeare.ckpt"  # used until a run has saved one
+Precision = Literal["auto", "float32", "bfloat16", "float16", "int8"]
 MAX_GROUP = 32  # tokens that a GPU generates between two reads by the host
 
 
@@ -58,7 +60,7 @@ def choose_device(device: str) -> str:
 def load(
     ckpt_path: str | Path = "best",
     device: str = "auto",
-    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto",
+    precision: Precision = "auto",
 ) -> tuple[Net, Tokenizer]:
     """Load the net and the tokenizer of a checkpoint, by default of the newest run or else of the packaged one.
 
@@ -69,17 +71,17 @@ def load(
             or separated by commas.
         device: auto takes the accelerator if there is one.
         precision: dtype of the weights; auto is bfloat16 on CUDA and float32 elsewhere. On a CPU each token reads all
-            weights, so float16 is twice as fast if they do not fit in the cache.
+            weights, so float16 and int8 are faster for larger nets. int8 holds the linear layers' weights with one
+            scale a row and computes in float32; it is for one text on a CPU.
     Raises:
-        ValueError: the device can't be used, a file is not a valid checkpoint, or their tokenizers differ.
+        ValueError: the device can't be used or has no int8, a file is not a valid checkpoint, or their tokenizers
+            differ.
         FileNotFoundError: there is no such checkpoint.
     """
     return load_files(find_checkpoints(ckpt_path, find_or_packaged), device, precision)
 
 
-def load_files(
-    paths: Sequence[Path], device: str, precision: Literal["auto", "float32", "bfloat16", "float16"]
-) -> tuple[Net, Tokenizer]:
+def load_files(paths: Sequence[Path], device: str, precision: Precision) -> tuple[Net, Tokenizer]:
     """`load` of these files."""
     device = choose_device(device)
     nets, tokenizers = zip(*(load_net(path, device) for path in paths), strict=True)
@@ -97,8 +99,16 @@ def load_files(
 
 
 def in_precision(net: GPT | LectureModel, precision: str) -> GPT | LectureModel:
-    """The net with its weights in another dtype, in place; rotary angles stay as they are, to keep their digits."""
-    if precision != "float32":
+    """The net with its weights in another dtype, in place; rotary angles stay as they are, to keep their digits.
+
+    Raises:
+        ValueError: precision is int8, and the net is not on a CPU.
+    """
+    if precision == "int8":
+        if (device := next(net.parameters()).device).type != "cpu":
+            raise ValueError(f"precision=int8 is for a CPU, not {device}: add device=cpu, or set precision=bfloat16")
+        to_int8(net)
+    elif precision != "float32":
         rope = getattr(net, "rope", None)
         net.to(getattr(torch, precision))
         if rope is not None:

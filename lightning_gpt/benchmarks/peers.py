@@ -1,0 +1,153 @@
+"""Generation of one text by a GPT-2 124M with random weights on this CPU, beside ctranslate2 and onnxruntime.
+
+    pip install ctranslate2 onnxruntime onnx transformers
+    python -m lightning_gpt.benchmarks.peers
+
+All run in one process with the same number of threads, and draw at temperature 0.8 from the 200 most likely tokens.
+They take turns; the figures are medians. onnxruntime gets one token and the keys and values of the earlier ones at a
+time.
+"""
+
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from copy import deepcopy
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jsonargparse
+import torch
+from torch import Tensor, nn
+
+from ..cli.main import run
+from ..cli.parser import Parser
+from ..inference.engine import generate_ids
+from ..inference.sampling import SamplingConfig, sample_next
+from ..inference.text import in_precision
+from ..model.gpt import GPT, GPTConfig
+from .generation import SAMPLING
+
+try:
+    import ctranslate2
+    import onnxruntime
+    from onnxruntime.quantization import quantize_dynamic
+    from transformers import GPT2Config, GPT2LMHeadModel
+except ImportError as error:
+    raise SystemExit(f"{error}: pip install ctranslate2 onnxruntime onnx transformers") from None
+
+CONFIG = GPTConfig(50257, 1024, 12, 12, 768, dropout=0.0, tie_embeddings=True, activation="gelu_tanh")
+
+
+class GrowingCache:
+    """Keys and values (1, H, past, D) of a layer, as tensors that ONNX can trace."""
+
+    def __init__(self, k: Tensor, v: Tensor):
+        self.k, self.v = k, v
+
+    def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        self.k, self.v = torch.cat((self.k, k), 2), torch.cat((self.v, v), 2)
+        return self.k, self.v, torch.zeros(1, 1)  # a mask, without which tracing fails
+
+
+class OnnxStep(nn.Module):
+    """One decode step for export; `past` has keys and values of each layer, (1, H, past, D)."""
+
+    def __init__(self, net: GPT):
+        super().__init__()
+        self.net = net
+
+    def forward(self, ids: Tensor, pos: Tensor, *past: Tensor) -> tuple[Tensor, ...]:
+        x = self.net.wte(ids) + self.net.wpe(pos)
+        caches = [GrowingCache(k, v) for k, v in zip(past[::2], past[1::2], strict=True)]
+        for block, cache in zip(self.net.h, caches, strict=True):
+            x = block(x, None, cache)
+        return self.net.logits(x)[:, -1], *(z for cache in caches for z in (cache.k, cache.v))
+
+
+def onnx_generator(net: GPT, folder: Path, int8: bool) -> Callable[..., Any]:
+    """Returns a function that generates with onnxruntime; `int8` quantizes the matrix products dynamically."""
+    past = [torch.zeros(1, 12, 5, 64) for _ in range(24)]
+    names = [f"past{i}" for i in range(24)]
+    if not (file := folder / "step.onnx").exists():
+        args = torch.zeros(1, 1, dtype=torch.long), torch.zeros(1, dtype=torch.long), *past
+        out = ["logits", *(f"present{i}" for i in range(24))]
+        axes = {name: {2: "past"} for name in names}
+        torch.onnx.export(
+            OnnxStep(net),
+            args,
+            file,
+            input_names=["ids", "pos", *names],
+            output_names=out,
+            dynamic_axes=axes,
+            dynamo=False,
+        )
+    if int8:
+        quantize_dynamic(file, file := folder / "int8.onnx")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+
+    def generate(max_new_tokens: int) -> None:
+        ids, past = torch.zeros(1, 1, dtype=torch.long), [torch.zeros(1, 12, 0, 64).numpy() for _ in names]
+        for pos in range(max_new_tokens):
+            inputs = {"ids": ids.numpy(), "pos": torch.tensor([pos]).numpy(), **dict(zip(names, past, strict=True))}
+            logits, *past = session.run(None, inputs)
+            ids = sample_next(torch.from_numpy(logits), SamplingConfig(**SAMPLING))
+
+    return generate
+
+
+def ctranslate2_generator(folder: Path, quantization: str) -> Callable[..., Any]:
+    """Returns a function that generates with ctranslate2."""
+    if not (source := folder / "gpt2").exists():
+        GPT2LMHeadModel(GPT2Config()).save_pretrained(source)
+        tokens = {f"t{i}": i for i in range(50256)} | {"<|endoftext|>": 50256}
+        (source / "vocab.json").write_text(json.dumps(tokens))
+        (source / "merges.txt").write_text("#version: 0.2\n")
+    converter = ctranslate2.converters.TransformersConverter(str(source))
+    path = converter.convert(str(folder / quantization), quantization=quantization, force=True)
+    threads = torch.get_num_threads()
+    generator = ctranslate2.Generator(path, compute_type=quantization, inter_threads=1, intra_threads=threads)
+    sampling = {"sampling_temperature": 0.8, "sampling_topk": 200, "end_token": []}
+
+    def generate(max_new_tokens: int) -> None:
+        generator.generate_batch([["t1"]], max_length=max_new_tokens, min_length=max_new_tokens, **sampling)
+
+    return generate
+
+
+def bench(tokens: int = 128, repeats: int = 5) -> None:
+    """Print the tokens per second of each, and how many times faster our int8 is.
+
+    Args:
+        tokens: length of the text.
+        repeats: turns of each; the first, a warm-up, is not counted.
+    """
+    net, start = GPT(CONFIG).eval(), torch.zeros(1, 1, dtype=torch.long)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        sides: dict[str, Callable[..., Any]] = {}
+        for precision in "float32", "float16", "int8":
+            each = in_precision(deepcopy(net), precision)
+            sides[f"ours, {precision}"] = partial(generate_ids, each, start, **SAMPLING)
+        for q in "float32", "int8":
+            sides[f"ctranslate2, {q}"] = ctranslate2_generator(folder, q)
+            sides[f"onnxruntime, {q}"] = onnx_generator(net, folder, q == "int8")
+        seconds: dict[str, list[float]] = {side: [] for side in sides}
+        for _ in range(repeats + 1):
+            for side, generate in sides.items():
+                since = time.perf_counter()
+                generate(max_new_tokens=tokens)
+                seconds[side].append(time.perf_counter() - since)
+    speed = {side: tokens / statistics.median(times[1:]) for side, times in seconds.items()}
+    print(f"CPU, {torch.get_num_threads()} threads, GPT-2 124M, one text of {tokens} tokens: tokens/s")
+    for side, value in speed.items():
+        print(f"{side:24}{value:8.1f}   ours in int8 is {speed['ours, int8'] / value:.2f}x")
+
+
+if __name__ == "__main__":
+    run(lambda args: jsonargparse.auto_cli(bench, args=args, as_positional=False, parser_class=Parser), sys.argv[1:])
