@@ -106,8 +106,8 @@ def ctranslate2_generator(folder: Path, quantization: str) -> Callable[..., Any]
     if not (source := folder / "gpt2").exists():
         GPT2LMHeadModel(GPT2Config()).save_pretrained(source)
         tokens = {f"t{i}": i for i in range(50256)} | {"<|endoftext|>": 50256}
-        (source / "vocab.json").write_text(json.dumps(tokens))
-        (source / "merges.txt").write_text("#version: 0.2\n")
+        (source / "vocab.json").write_text(json.dumps(tokens), encoding="utf-8")
+        (source / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
     converter = ctranslate2.converters.TransformersConverter(str(source))
     path = converter.convert(str(folder / quantization), quantization=quantization, force=True)
     threads = torch.get_num_threads()
