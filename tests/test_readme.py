@@ -144,7 +144,11 @@ def folder(shakespeare_run, tmp_path, monkeypatch):
     return tmp_path
 
 
-@every_readme
+@pytest.mark.parametrize(
+    "readme",  # the stages of alignment take minutes
+    [pytest.param(path, marks=[pytest.mark.slow] * (path.parent.name == "alignment")) for path in READMES],
+    ids=lambda path: str(path.relative_to(ROOT)),
+)
 def test_the_commands_of_a_readme_run_in_their_order(readme, folder, shakespeare_run, monkeypatch):
     """Each line runs once, in the README where it stands first; what makes files runs in each."""
     for name in set(re.findall(r"checkpoints/(\w+)/version_0", TEXT[readme])) - {"laptop", "reward", "dpo", "grpo"}:

@@ -134,11 +134,9 @@ class Policy(LanguageModel):
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         self.measure(self.val_metrics, batch)
-        self.log_dict(self.val_metrics)
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
         self.measure(self.test_metrics, batch)
-        self.log_dict(self.test_metrics)
 
     def measure(self, metrics: MetricCollection, *batches: Any) -> None:
         (batch,) = batches

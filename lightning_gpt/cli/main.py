@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from importlib import import_module
 from inspect import signature
+from typing import Any
 
 from .. import __version__
 from ..errors import escape_unprintable, is_out_of_memory, message_with_notes, print_error
@@ -88,22 +89,22 @@ def dispatch(args: list[str]) -> None:
 
 
 def import_torchmetrics() -> None:
-    """Imports torchmetrics as where transformers and torchvision are not installed, which it imports but we don't use.
-
-    They take seconds to import.
-    """
+    """Imports torchmetrics without optional packages that we don't use, which would take seconds."""
     from lightning_utilities.core import imports
 
-    def version(distribution_name: str) -> str:
-        if distribution_name in ("transformers", "torchvision"):
-            raise imports.PackageNotFoundError(distribution_name)
-        return real_version(distribution_name)
+    def check_available(cache: Any) -> None:
+        if str(cache.requirement).startswith(("matplotlib", "torchvision", "transformers")):
+            cache.available, cache.message = False, f"{cache.requirement} is not imported"
+        else:
+            original(cache)
 
-    real_version, imports._version = imports._version, version
+    cache_class: Any = imports.RequirementCache
+    original = cache_class._check_available
     try:
+        cache_class._check_available = check_available
         import torchmetrics  # noqa: F401
     finally:
-        imports._version = real_version
+        cache_class._check_available = original
 
 
 def check_command(args: list[str]) -> None:

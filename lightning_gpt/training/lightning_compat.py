@@ -11,7 +11,7 @@ import jsonargparse
 import lightning as L
 from lightning.pytorch.callbacks import LearningRateFinder
 from lightning.pytorch.cli import LightningCLI
-from lightning_utilities.core import imports
+from lightning_utilities.core.imports import RequirementCache
 
 OVERRIDES = [
     (LightningCLI, "_parse_ckpt_path", "cli/train.py puts a checkpoint's settings before the flags, not over them"),
@@ -19,7 +19,7 @@ OVERRIDES = [
     (jsonargparse.ArgumentParser, "_parse_optional", "cli/parser.py reads flags, and text for a class's own options"),
     (jsonargparse.ArgumentParser, "_get_values", "cli/parser.py takes text on the command line literally"),
     (jsonargparse.ArgumentParser, "_check_value_key", "cli/parser.py takes text in configs literally"),
-    (imports, "_version", "cli/main.py keeps torchmetrics from importing packages that take seconds"),
+    (RequirementCache, "_check_available", "cli/main.py keeps torchmetrics from importing packages for seconds"),
 ]
 
 

@@ -412,7 +412,9 @@ class LanguageModel(L.LightningModule):
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         self.measure(self.val_metrics, *batch)
-        self.log_dict(self.val_metrics)
+
+    def on_validation_epoch_end(self) -> None:
+        self.log_dict(self.val_metrics)  # in each step, it takes longer than the net of a lecture step
 
     def on_test_start(self) -> None:
         self.test_metrics.to(torch.float32)  # as in on_validation_start
@@ -420,6 +422,8 @@ class LanguageModel(L.LightningModule):
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         self.measure(self.test_metrics, *batch)
+
+    def on_test_epoch_end(self) -> None:
         self.log_dict(self.test_metrics)
 
     def measure(self, metrics: MetricCollection, x: Tensor, y: Tensor, *_) -> None:
