@@ -39,7 +39,7 @@ from lightning_gpt.data.ngram_index import NgramIndex
 from lightning_gpt.data.tokenizers import CharTokenizer
 from lightning_gpt.model.gpt import GPT, GPTConfig, parameter_role
 from lightning_gpt.training.callbacks import SampleText
-from lightning_gpt.training.module import next_token_loss
+from lightning_gpt.training.losses import next_token_loss
 from lightning_gpt.training.monitoring import Throughput, UpdateRatios
 
 # --- training is unchanged --------------------------------------------------------------------------------------------

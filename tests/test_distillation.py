@@ -9,7 +9,8 @@ from lightning_gpt.checkpoint.io import find_checkpoints, read_checkpoint
 from lightning_gpt.cli.main import main
 from lightning_gpt.inference.text import load
 from lightning_gpt.model.ensemble import Ensemble
-from lightning_gpt.training.module import LanguageModel, cross_entropy
+from lightning_gpt.training.losses import cross_entropy
+from lightning_gpt.training.module import LanguageModel
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.3, 1.0])

@@ -28,7 +28,8 @@ from lightning_gpt.model.lecture import (
     future_mask,
     softmax,
 )
-from lightning_gpt.training.module import LanguageModel, next_token_loss
+from lightning_gpt.training.losses import next_token_loss
+from lightning_gpt.training.module import LanguageModel
 
 SIZES = dict(vocab_size=V, block_size=T, n_layer=3, n_head=2, n_embd=16, dropout=0.0)
 

@@ -8,7 +8,7 @@ from conftest import T, V, loud
 from torch.nn import functional as F
 
 from lightning_gpt.model.gpt import GPT, GPTConfig, apply_rope, rope_table
-from lightning_gpt.training.module import next_token_loss
+from lightning_gpt.training.losses import next_token_loss
 
 
 def test_the_past_never_sees_the_future(any_net, idx):

@@ -21,7 +21,8 @@ from lightning_gpt.data.windows import SequentialWindows
 from lightning_gpt.model.gpt import GPT, GPTConfig
 from lightning_gpt.training.callbacks import SampleText, ValidateAtEnd
 from lightning_gpt.training.checkpointing import CheckpointSaver
-from lightning_gpt.training.module import LanguageModel, next_token_loss
+from lightning_gpt.training.losses import next_token_loss
+from lightning_gpt.training.module import LanguageModel
 from lightning_gpt.training.monitoring import UpdateRatios
 from lightning_gpt.training.optim import Muon, adamw_groups, lr_factor, muon_groups
 from lightning_gpt.training.strategies import DDPFlatStrategy

@@ -9,7 +9,8 @@ from torchmetrics import MeanMetric, Metric, MetricCollection
 
 from ..data.windows import derive_seed
 from ..model.gpt import GPT
-from ..training.module import LanguageModel, next_token_loss
+from ..training.losses import next_token_loss
+from ..training.module import LanguageModel
 from .datamodule import PolicyDataModule, PromptBatch, TextBatch
 from .losses import kl_divergence, next_token_logprobs
 from .rewards import Reward, find_reward

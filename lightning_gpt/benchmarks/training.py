@@ -27,7 +27,8 @@ from ..data.datamodule import TextDataModule
 from ..data.tokenizers import TokenIds
 from ..data.windows import RandomWindows
 from ..model.gpt import GPT
-from ..training.module import LanguageModel, features_loss
+from ..training.losses import features_loss
+from ..training.module import LanguageModel
 from ..training.monitoring import flops_per_token, peak_flops
 from ..training.optim import Muon
 

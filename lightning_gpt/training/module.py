@@ -14,7 +14,6 @@ import torch
 from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.nn import functional as F
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torchmetrics import MeanMetric, Metric, MetricCollection
 
@@ -35,36 +34,10 @@ from .lightning_compat import (
     trainer_or_none,
     validation_is_due,
 )
+from .losses import features_loss, next_token_loss
 from .metrics import BitsPerCharacter, Perplexity
 from .optim import Muon, adamw_groups, lr_factor, muon_groups
 from .strategies import DDPFlatStrategy, FSDP2Strategy, apply_fsdp, full_tensor
-
-
-def cross_entropy(logits: Tensor, y: Tensor, teacher_logits: Tensor | None = None, soft_weight: float = 0.0) -> Tensor:
-    """Mean cross-entropy of the targets y (B, T), in nats per token; computed in float32 or float64.
-
-    Targets of -100, the default ignore_index of F.cross_entropy, do not count. With `teacher_logits` (B, T, V) it is
-    (1 - soft_weight) of that and soft_weight of the cross-entropy of the teacher's probabilities: Hinton et al. 2015,
-    section 2, at temperature 1.
-    """
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))  # autocast would do the same
-    hard = F.cross_entropy(logits.flatten(0, 1), y.flatten())
-    if teacher_logits is None:
-        return hard
-    teacher_probs = teacher_logits.to(logits.dtype).softmax(-1)
-    soft = F.cross_entropy(logits.flatten(0, 1), teacher_probs.flatten(0, 1), reduction="none")
-    counts = y.flatten() >= 0
-    return (1 - soft_weight) * hard + soft_weight * (soft * counts).sum() / counts.sum()
-
-
-def next_token_loss(net: nn.Module, x: Tensor, y: Tensor, *teacher) -> Tensor:
-    """`cross_entropy` of the targets y (B, T) after the inputs x (B, T)."""
-    return cross_entropy(net(x), y, *teacher)
-
-
-def features_loss(net: GPT, features: Tensor, y: Tensor) -> Tensor:
-    """`next_token_loss` of a GPT from its `features`, so that the head compiles together with the loss."""
-    return cross_entropy(net.logits(features), y)
 
 
 def freeze_lowest(net: GPT, n: int) -> None:
