@@ -78,7 +78,7 @@ def test_a_resumed_student_has_the_same_teachers_and_ends_with_the_same_weights(
 @pytest.mark.parametrize(
     ("flags", "error"),
     [
-        (["--model.block_size", "40"], "block_size"),
+        (["--model.block_size", "40"], "the teachers' block_size=16 is less than model.block_size=40"),
         (["--data.tokenizer", "byte"], "another vocabulary"),
         (["--model.soft_weight", "1.5"], "soft_weight=1.5"),
     ],

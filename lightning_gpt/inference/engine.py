@@ -83,8 +83,6 @@ class DecodeSession:
             self.members = [
                 DecodeSession(cast(Net, each), idx, lengths, context_shift, use_cache, sampler) for each in net.nets
             ]
-        for member in self.members:
-            member.cache.size = self.cache.size
 
     # --- prefill ------------------------------------------------------------------------------------------------------
 
