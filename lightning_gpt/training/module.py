@@ -24,7 +24,7 @@ from ..data.tokenizers import Tokenizer, build_from_state
 from ..data.windows import derive_seed
 from ..inference.text import generate, load_files
 from ..model.ensemble import Ensemble, Net
-from ..model.gpt import GPT, GPTConfig, parameter_role
+from ..model.gpt import GPT, Block, GPTConfig, parameter_role
 from ..model.lecture import LectureModel, build_net
 from .lightning_compat import (
     closure_result,
@@ -79,8 +79,7 @@ class LanguageModel(L.LightningModule):
         freeze_layers: number of lowest blocks to freeze, together with the embeddings; with tied embeddings the head
             too.
         teachers: checkpoints to learn from, a comma-separated list or a pattern: the targets are then not only the next
-            tokens but also the mean of the teachers' probabilities, and the step is not compiled. null learns from the
-            text alone.
+            tokens but also the mean of the teachers' probabilities. null learns from the text alone.
         soft_weight: weight of the teachers' probabilities in the loss; that of the next tokens is 1 - soft_weight.
         seed: of the dropout; the masks of step k depend on (seed, rank, k).
         compile: compile the blocks (torch.compile) and, on one GPU, replay the whole step as a CUDA graph: a slow
@@ -212,13 +211,13 @@ class LanguageModel(L.LightningModule):
             return next_token_loss(self.net, x, y, *self.teach(x))
         try:
             net = cast(GPT, self.net)
-            return self.head_loss(net, net.features(x), y)
+            return self.head_loss(net, net.features(x), y, *self.teach(x))
         except torch._dynamo.exc.BackendCompilerFailed as error:
             reason = str(error.__cause__ or error).strip().split("\n")[0][:150]
             print(f"compile: true, but compiling failed ({reason}); training continues without it", file=sys.stderr)
             self.compiles = False
             torch.compiler.set_stance("force_eager")
-            return next_token_loss(self.net, x, y)
+            return next_token_loss(self.net, x, y, *self.teach(x))
 
     @torch.no_grad()
     def teach(self, x: Tensor) -> tuple[Tensor, float] | tuple[()]:
@@ -568,10 +567,10 @@ class LanguageModel(L.LightningModule):
         self.init_from = None  # ... and a second fit continues from its weights
         self.bad_losses = torch.zeros((), dtype=torch.int64, device=self.device)
         self.move_nets(self.teachers)
-        # some compiled runs with teachers diverged on an H100 with torch 2.11, and none that was not compiled
-        self.compiles = self.hparams.compile and not self.teachers
+        self.compiles = self.hparams.compile
         if self.compiles:
-            for block in self.net.h:
+            blocks = [m for net in (self.net, *self.teachers) for m in net.modules() if isinstance(m, Block)]
+            for block in blocks:
                 block.compile(dynamic=False)  # in place and one graph for all: the checkpoint's keys do not change
             self.head_loss = torch.compile(features_loss, dynamic=False)
             if self.can_capture_steps():
