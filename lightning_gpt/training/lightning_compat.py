@@ -38,6 +38,21 @@ def set_logged_steps(trainer: L.Trainer, steps: int) -> None:
     trainer.fit_loop.epoch_loop._batches_that_stepped = steps
 
 
+def correct_progress(fit_loop: dict[str, Any]) -> None:
+    """Correct the loop counters of a checkpoint from the end of a run, with which Lightning would not go on exactly."""
+    epochs, batches = fit_loop["epoch_progress"], fit_loop["epoch_loop.batch_progress"]
+    if epochs["current"]["ready"] != epochs["current"]["processed"]:
+        return
+    if batches["is_last_batch"]:  # also the end of an epoch: Lightning would count the next batch to that epoch
+        batches["is_last_batch"] = False
+        steps = fit_loop["epoch_loop.automatic_optimization.optim_progress"]["optimizer"].values()
+        for progress in batches, fit_loop["epoch_loop.scheduler_progress"], *steps:
+            progress["current"] = dict.fromkeys(progress["current"], 0)
+    else:  # within an epoch: Lightning would resume in another epoch
+        for progress in epochs.values():
+            progress["processed"] = progress["completed"] = progress["ready"] - 1
+
+
 def closure_result(closure: Any) -> Any:
     """What the closure of an optimizer step has computed; a replayed CUDA graph does not call it."""
     return closure._result

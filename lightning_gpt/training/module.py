@@ -17,17 +17,18 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torchmetrics import MeanMetric, Metric, MetricCollection
 
-from ..checkpoint.io import dequantize, find_checkpoints
+from ..checkpoint.io import dequantize
 from ..checkpoint.transfer import transfer_weights
 from ..cuda_graph import CapturedStep
 from ..data.tokenizers import Tokenizer, build_from_state
 from ..data.windows import derive_seed
-from ..inference.text import generate, load_files
+from ..inference.text import generate
 from ..model.ensemble import Ensemble, Net
 from ..model.gpt import GPT, Block, GPTConfig, parameter_role
 from ..model.lecture import LectureModel, build_net
 from .lightning_compat import (
     closure_result,
+    correct_progress,
     is_from_tuner,
     set_closure_result,
     set_logged_steps,
@@ -38,6 +39,7 @@ from .losses import features_loss, next_token_loss
 from .metrics import BitsPerCharacter, Perplexity
 from .optim import Muon, adamw_groups, lr_factor, muon_groups
 from .strategies import DDPFlatStrategy, FSDP2Strategy, apply_fsdp, full_tensor
+from .teachers import load_teacher
 
 
 def freeze_lowest(net: GPT, n: int) -> None:
@@ -127,6 +129,8 @@ class LanguageModel(L.LightningModule):
             raise ValueError(f"betas={betas} must be 0 or more and less than 1 each; (0.9, 0.99) is usual")
         if warmup_steps < 0:
             raise ValueError(f"warmup_steps={warmup_steps} must be 0 or more")
+        if teachers and self.stage not in ("fit", "sft"):
+            raise ValueError(f"teachers={teachers} is for fit and sft; {self.stage} has another loss: leave it out")
         if lecture_step and compile:
             raise ValueError(f"lecture_step={lecture_step} runs as it is written: leave compile=true out")
         self.save_hyperparameters()
@@ -418,16 +422,7 @@ class LanguageModel(L.LightningModule):
                 "rounded to 16 bits stops following the weights; take bf16-mixed, or --model.ema_decay 0"
             )
         warnings.filterwarnings("ignore", "You have overridden `on_before_batch_transfer`")  # on purpose
-        for callback in self.trainer.callbacks:
-            by_tuner = isinstance(callback, LearningRateFinder) and is_from_tuner(callback)
-            if by_tuner and self.hparams.optimizer == "muon":
-                raise ValueError("lr_find sweeps one learning rate, and model.optimizer=muon has two: take adamw")
-            if isinstance(callback, (LearningRateFinder, BatchSizeFinder)) and not by_tuner:
-                raise ValueError(
-                    f"{type(callback).__name__} would change the learning rate or the batch size, which the "
-                    "settings fix for a run: leave it out, and call Tuner(trainer).lr_find before fit, or compare "
-                    "short runs"
-                )
+        self.check_tuners()
         tokenizer = getattr(getattr(self.trainer, "datamodule", None), "tokenizer", None)
         if isinstance(tokenizer, Tokenizer):
             self.check_sizes(tokenizer, self.trainer.datamodule.hparams.block_size)
@@ -438,31 +433,27 @@ class LanguageModel(L.LightningModule):
         self.val_metrics = MetricCollection(self.validation_metrics(), prefix="val/")
         self.test_metrics = self.val_metrics.clone(prefix="test/")
         if stage == "fit" and self.hparams.teachers:
-            self.load_teachers(tokenizer)
+            # as a list of paths, so that a resumed run has the same ones
+            teacher, self.hparams.teachers = load_teacher(self.hparams.teachers, tokenizer, self.hparams.block_size)
+            self.teachers = [teacher]
         if stage == "fit" and self.init_from:
             weights = transfer_weights(self.init_from, self.net.state_dict(), tokenizer, self.hparams.freeze_layers > 0)
             for net in self.net, self.ema_net:
                 if net is not None:
                     net.load_state_dict(weights)
 
-    def load_teachers(self, tokenizer: Tokenizer | None) -> None:
-        """Raises ValueError if the stage learns no text, or the teachers' vocabulary or context does not fit."""
-        if self.stage not in ("fit", "sft"):
-            raise ValueError(f"model.teachers is for fit and sft, and {self.stage} has another loss: leave it out")
-        paths = find_checkpoints(self.hparams.teachers)
-        net, theirs = load_files(paths, "cpu", "float32")
-        if tokenizer is not None and not theirs.has_ids_of(tokenizer):
-            raise ValueError(
-                f"the teachers {self.hparams.teachers} have another vocabulary than the data, {len(theirs)} tokens of "
-                f"{theirs.name} instead of {len(tokenizer)} of {tokenizer.name}: a student needs that of its teachers"
-            )
-        if net.config.block_size < self.hparams.block_size:
-            raise ValueError(
-                f"the teachers' block_size={net.config.block_size} is less than model.block_size="
-                f"{self.hparams.block_size}: take at most theirs"
-            )
-        self.teachers = [net.eval().requires_grad_(False)]
-        self.hparams.teachers = ",".join(map(str, paths))  # a resumed run has the same ones
+    def check_tuners(self) -> None:
+        """Raises ValueError if a callback would change settings that are fixed for a run."""
+        for callback in self.trainer.callbacks:
+            by_tuner = isinstance(callback, LearningRateFinder) and is_from_tuner(callback)
+            if by_tuner and self.hparams.optimizer == "muon":
+                raise ValueError("lr_find sweeps one learning rate, and model.optimizer=muon has two: take adamw")
+            if isinstance(callback, (LearningRateFinder, BatchSizeFinder)) and not by_tuner:
+                raise ValueError(
+                    f"{type(callback).__name__} would change the learning rate or the batch size, which the "
+                    "settings fix for a run: leave it out, and call Tuner(trainer).lr_find before fit, or compare "
+                    "short runs"
+                )
 
     def check_sizes(self, tokenizer: Tokenizer, block_size: int) -> None:
         """Raises ValueError if the data's token ids or windows do not fit the net."""
@@ -497,16 +488,7 @@ class LanguageModel(L.LightningModule):
         if (trainer := trainer_or_none(self)) and trainer.precision == "64-true":
             self.double()  # Lightning does so after loading the weights, which would round them
         if loops := saved.get("loops", {}).get("fit_loop"):
-            epochs, batches = loops["epoch_progress"], loops["epoch_loop.batch_progress"]
-            if epochs["current"]["ready"] == epochs["current"]["processed"]:  # saved at the end of a run ...
-                if batches["is_last_batch"]:  # ... and of an epoch: Lightning would count the next batch to that epoch
-                    batches["is_last_batch"] = False
-                    steps = loops["epoch_loop.automatic_optimization.optim_progress"]["optimizer"].values()
-                    for progress in batches, loops["epoch_loop.scheduler_progress"], *steps:
-                        progress["current"] = dict.fromkeys(progress["current"], 0)
-                else:  # ... within an epoch: Lightning would resume in another epoch
-                    for progress in epochs.values():
-                        progress["processed"] = progress["completed"] = progress["ready"] - 1
+            correct_progress(loops)
 
     def with_ema(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
         """Weights for this module: a new moving average starts from the weights, one that is not kept is dropped."""
