@@ -75,6 +75,17 @@ def test_a_resumed_student_has_the_same_teachers_and_ends_with_the_same_weights(
     assert load(begun, "cpu")[0].training is False
 
 
+@pytest.mark.slow
+def test_a_compiled_student_ends_with_the_same_weights(tmp_path, teachers, text_file):
+    flags = "--trainer.max_steps=3", "--trainer.precision=64-true", "--model.dropout=0"
+    student = *flags, f"--model.teachers={teachers[0]},{teachers[1]}"
+    eager = read_checkpoint(fit(tmp_path / "eager", text_file, *student))["state_dict"]
+    alone = read_checkpoint(fit(tmp_path / "alone", text_file, *flags))["state_dict"]
+    compiled = read_checkpoint(fit(tmp_path / "compiled", text_file, *student, "--model.compile=true"))["state_dict"]
+    torch.testing.assert_close(compiled, eager, rtol=0, atol=1e-9)
+    assert max((alone[name] - weight).abs().max() for name, weight in eager.items()) > 1e-4
+
+
 @pytest.mark.parametrize(
     ("flags", "error"),
     [

@@ -6,7 +6,7 @@ import os
 import stat
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from os.path import relpath
 from pathlib import Path
@@ -132,11 +132,7 @@ def generate_command(
         device: auto, cpu, cuda, cuda:1, mps ...; auto takes the accelerator if there is one.
         precision: auto is bfloat16 on CUDA, float32 elsewhere; on a CPU, float16 and int8 are faster for larger nets.
     """
-    for name, value in ("num_samples", num_samples), ("best_of", best_of):
-        if value < 1:
-            raise ValueError(f"{name}={value} must be at least 1")
-    if (best_of > 1) != (reward is not None):
-        raise ValueError(f"best_of={best_of} with reward={reward}: give both, such as --best_of 16 --reward verse")
+    check_numbers(num_samples, best_of, reward)
     if prompt is not None and prompt_file is not None:
         raise ValueError("set prompt or prompt_file, not both")
     if interactive and (json or output or prompt_file or num_samples > 1 or best_of > 1):
@@ -168,19 +164,10 @@ def generate_command(
         print_info(f"dropped characters that this net doesn't know: {unknown[:40]!r}")
     prompt = prepare_prompt(tokenizer, prompt, on_unknown)
     warn_if_truncated(net, tokenizer, prompt)
-    start, first, interrupted = time.perf_counter(), math.nan, False
     settings = sampling | {"seed": seed, "logprobs": json}
     updates = complete(net, tokenizer, [prompt] * (num_samples * best_of), max_new_tokens, **settings)
-    samples, shown, quiet = list[Completion](), 0, json or output or scorer is not None
-    try:
-        for samples in updates:
-            if not shown:
-                first = time.perf_counter() - start
-                print_info(description)
-            shown = print_new_text(samples[0], shown, first_time=not shown) if not quiet else 1
-    except KeyboardInterrupt:
-        interrupted = True
-    seconds, count = time.perf_counter() - start, sum(len(sample.tokens) for sample in samples)
+    quiet = bool(json or output or scorer)
+    samples, speed, interrupted = receive(updates, description, quiet)
     rewards: list[float] = []
     if scorer is not None:
         samples, rewards = keep_best(samples, best_of, scorer)
@@ -192,21 +179,9 @@ def generate_command(
             "precision": "int8" if precision == "int8" else str(next(net.parameters()).dtype).removeprefix("torch."),
             "settings": sampling | {"seed": seed, "max_new_tokens": max_new_tokens},
             "prompt": prompt,
-            "samples": [
-                {
-                    "text": s.text,
-                    "tokens": s.tokens,
-                    "logprobs": s.logprobs,
-                    "finish_reason": s.finish_reason or "interrupted",
-                }
-                | ({"reward": rewards[i]} if rewards else {})
-                for i, s in enumerate(samples)
-            ],
-            "seconds": seconds,
-            "seconds_to_first": first,
-            "tokens_per_second": count / seconds,
+            "samples": describe_samples(samples, rewards),
         }
-        result_text = json_format.dumps(result, ensure_ascii=False, indent=1)
+        result_text = json_format.dumps(result | speed, ensure_ascii=False, indent=1)
     else:
         result_text = SEPARATOR.join(sample.prompt + sample.text for sample in samples)
     if output:
@@ -218,6 +193,53 @@ def generate_command(
         print("".join(SEPARATOR + sample.prompt + sample.text for sample in samples[1:]))
     if interrupted:
         sys.exit(130)
+
+
+def check_numbers(num_samples: int, best_of: int, reward: str | None) -> None:
+    """Raises ValueError if there is nothing to generate, or a reward without a choice, or a choice without a reward."""
+    for name, value in ("num_samples", num_samples), ("best_of", best_of):
+        if value < 1:
+            raise ValueError(f"{name}={value} must be at least 1")
+    if (best_of > 1) != (reward is not None):
+        raise ValueError(f"best_of={best_of} with reward={reward}: give both, such as --best_of 16 --reward verse")
+
+
+def receive(
+    updates: Iterator[list[Completion]], description: str, quiet: bool
+) -> tuple[list[Completion], dict[str, float], bool]:
+    """The texts as they are at the end or at Ctrl-C; prints the first one as it grows, unless `quiet`.
+
+    Returns:
+        the texts, the speed as in the JSON, and whether Ctrl-C has ended them.
+    """
+    samples, shown, first, interrupted, start = list[Completion](), 0, math.nan, False, time.perf_counter()
+    try:
+        for samples in updates:
+            if not shown:
+                first = time.perf_counter() - start
+                print_info(description)
+            shown = 1 if quiet else print_new_text(samples[0], shown, first_time=not shown)
+    except KeyboardInterrupt:
+        interrupted = True
+    seconds, count = time.perf_counter() - start, sum(len(sample.tokens) for sample in samples)
+    speed = {"seconds": seconds, "seconds_to_first": first, "tokens_per_second": count / seconds}
+    return samples, speed, interrupted
+
+
+def describe_samples(samples: list[Completion], rewards: list[float]) -> list[dict[str, Any]]:
+    """The texts for the JSON, each with its reward if there are any."""
+    described = [
+        {
+            "text": sample.text,
+            "tokens": sample.tokens,
+            "logprobs": sample.logprobs,
+            "finish_reason": sample.finish_reason or "interrupted",
+        }
+        for sample in samples
+    ]
+    if not rewards:
+        return described
+    return [each | {"reward": reward} for each, reward in zip(described, rewards, strict=True)]
 
 
 def keep_best(samples: list[Completion], best_of: int, reward: Reward) -> tuple[list[Completion], list[float]]:
