@@ -103,7 +103,7 @@ def test_a_script_trains_logs_samples_and_reloads(tmp_path, text_file, monkeypat
     assert names["trainer"].callback_metrics["val/loss"] == best.best_model_score
     assert model.generate("the", 5) == generate(model.net, names["data"].tokenizer, "the", 5)
     board = EventAccumulator(names["trainer"].logger.log_dir).Reload()
-    assert [event.step for event in board.Scalars("val/loss")] == [3, 7, 8]  # 8: of validate
+    assert sorted(event.step for event in board.Scalars("val/loss")) == [3, 7, 8]  # 8: of validate, in another file
     assert any(tag.startswith("samples/") for tag in board.Tags()["tensors"])
 
 

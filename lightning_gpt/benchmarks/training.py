@@ -32,7 +32,7 @@ from ..training.module import LanguageModel
 from ..training.monitoring import flops_per_token, peak_flops
 from ..training.optim import Muon
 
-WARMUP_STEPS = 20  # steps for compilation, CUDA graph capture and the first log
+WARMUP_STEPS = 60  # for compilation, CUDA graph capture and, after 50 steps, the first log, which loads kernels
 
 
 def synchronize(device: torch.device) -> None:
