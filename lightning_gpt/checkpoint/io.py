@@ -77,7 +77,7 @@ def find_checkpoints(names: str | Path, find: Callable[[str | Path], Path] = fin
     paths: list[Path] = []
     for name in [str(names)] if Path(names).exists() else [part.strip() for part in str(names).split(",")]:
         if not name:
-            raise ValueError(f"ckpt_path={str(names)!r} has an empty item in its list of checkpoints: remove it")
+            raise ValueError(f"the list of checkpoints {str(names)!r} has an empty item: remove it")
         is_pattern = bool(set(name) & set("*?")) and not Path(name).exists()
         if is_pattern and not match_files(name):
             raise FileNotFoundError(f"no checkpoint matches the pattern {name}")
