@@ -1,6 +1,7 @@
 """int8 weights on a CPU: exact products of the rounded weights, and the same text with a cache."""
 
 import json
+from copy import deepcopy
 
 import pytest
 import torch
@@ -10,21 +11,27 @@ from torch.nn import functional as F
 
 from lightning_gpt.checkpoint.io import read_plain
 from lightning_gpt.cli.main import main
+from lightning_gpt.errors import warn_once
 from lightning_gpt.inference.engine import generate_ids
 from lightning_gpt.inference.text import PACKAGED_CHECKPOINT, in_precision, load
 from lightning_gpt.model.gpt import GPT, GPTConfig
-from lightning_gpt.model.int8 import MAX_ROWS, Int8Linear, quantize_rows
+from lightning_gpt.model.int8 import MAX_ROWS, Int8Linear, build_kernel, quantize_rows
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("N", [1, 17, 96, 97, 384])
-def test_a_layer_multiplies_by_its_dequantized_weights(N, bias):
+@pytest.mark.parametrize(("K", "N"), [(40, 1), (40, 64), (41, 65), (47, 384)])
+@pytest.mark.parametrize("compiler", ["c++", "no compiler"])
+def test_a_layer_multiplies_by_its_dequantized_weights(K, N, bias, compiler, monkeypatch, capsys):
+    monkeypatch.setenv("CXX", compiler)
+    build_kernel.cache_clear()
+    warn_once.cache_clear()
     torch.manual_seed(N)
-    linear = nn.Linear(40, N, bias=bias)
+    linear = nn.Linear(K, N, bias=bias)
     values, scales = quantize_rows(linear.weight.detach())
-    int8 = Int8Linear(linear)
-    for shape in (40,), (1, 40), (MAX_ROWS, 40), (2, MAX_ROWS, 40):
-        x = torch.randn(shape)
+    int8 = deepcopy(Int8Linear(linear))  # a copy does not use the weights of the original
+    assert ("install g++ or clang" in capsys.readouterr().err) == (compiler == "no compiler")
+    for shape in (K,), (1, K), (3, 2, K), (2, MAX_ROWS, K):
+        x = torch.randn(*shape, 2)[..., 0]  # not contiguous
         expected = F.linear(x.double(), values.double() * scales[:, None], linear.bias.double() if bias else None)
         torch.testing.assert_close(int8(x), expected.float(), rtol=1e-5, atol=1e-5)
 

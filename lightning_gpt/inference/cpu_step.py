@@ -29,7 +29,7 @@ def functional(module: Any) -> Callable[[Tensor], Tensor]:
         return module.forward
     if isinstance(module, nn.LayerNorm):
         shape, weight, bias, eps = list(module.normalized_shape), module.weight, module.bias, module.eps
-        return lambda x: F.layer_norm(x, shape, weight, bias, eps)
+        return lambda x: torch.layer_norm(x, shape, weight, bias, eps)
     if isinstance(module, nn.RMSNorm):
         size, epsilon = list(module.normalized_shape), module.eps
         return lambda x: F.rms_norm(x, size, None, epsilon)

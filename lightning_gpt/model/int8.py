@@ -1,13 +1,49 @@
-"""Linear layers with int8 weights, for generation on a CPU.
+"""Linear layers with int8 weights, for generation on a CPU; a C++ compiler builds their kernel, int8_linear.cpp.
 
-Shapes   B rows · K input channels · N output channels, padded to J pieces of W
+Shapes   B rows · K input channels, padded to a multiple of 8 · N output channels, padded to J blocks of 64
 """
+
+import ctypes
+import os
+import shlex
+import subprocess
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-MAX_WIDTH = 96  # sums that FBGEMM keeps in the registers of AVX2
-MAX_ROWS = 8  # more rows at once are multiplied in float32
+from ..errors import warn_once
+
+SOURCE = Path(__file__).with_name("int8_linear.cpp")
+WIDTH, DEPTH = 64, 8  # as in int8_linear.cpp
+MAX_ROWS = 32  # more of x at once are faster in float32
+
+
+@cache
+def build_kernel() -> Any:
+    """The function of int8_linear.cpp, compiled for this CPU in half a second; None without a C++ compiler."""
+    compiler, errors = shlex.split(os.environ.get("CXX", "c++")), []
+    with tempfile.TemporaryDirectory() as folder:
+        library = Path(folder, "int8_linear.so")
+        for flags in (["-march=native", "-fopenmp"], []):  # some compilers have no OpenMP
+            command = [*compiler, "-O3", *flags, "-shared", "-fPIC", str(SOURCE), "-o", str(library)]
+            try:
+                subprocess.run(command, check=True, capture_output=True, text=True)
+                function = ctypes.CDLL(str(library)).int8_linear
+            except (OSError, subprocess.CalledProcessError) as error:
+                errors.append(str(getattr(error, "stderr", None) or error).strip().split("\n")[0][:150])
+            else:
+                function.argtypes, function.restype = [ctypes.c_void_p] * 5 + [ctypes.c_int64] * 3, None
+                return function
+    warn_once(
+        f"there is no C++ compiler ({errors[0]}), so int8 weights are multiplied in float32, more slowly: install g++ "
+        "or clang, or set CXX to one"
+    )
+    return None
 
 
 def quantize_rows(w: Tensor) -> tuple[Tensor, Tensor]:
@@ -19,40 +55,31 @@ def quantize_rows(w: Tensor) -> tuple[Tensor, Tensor]:
 class Int8Linear(nn.Module):
     """x W^T + b with int8 weights, one scale a row of W; inputs, sums and outputs are in float32.
 
-    One row is multiplied by FBGEMM's embedding_bag, which sums int8 rows of a table, each with a float32 weight: the
-    table's rows are the columns of W, and their weights are x. PyTorch's int8 matrix products round x, and in a decode
-    step of 10.7M parameters they are not clearly faster. Each bag makes W outputs, few enough for the registers.
+    PyTorch's int8 matrix products round x, and its products in float32 read four times as many bytes.
     """
 
     def __init__(self, linear: nn.Linear):
         super().__init__()
         values, self.scales = quantize_rows(linear.weight.detach())
         self.bias = torch.zeros_like(self.scales) if linear.bias is None else linear.bias.detach().float()
-        self.N, K = values.shape
-        J = -(-self.N // MAX_WIDTH)
-        W = -(-self.N // (8 * J)) * 8
-        padded = torch.cat((values.short() + 128, values.new_zeros(J * W - self.N, K))).to(torch.uint8)
-        scale_and_offset = torch.tensor([1.0, -128.0]).view(torch.uint8).expand(J, K, 8)  # FBGEMM's, of each row
-        self.table = torch.cat((padded.view(J, W, K).transpose(1, 2), scale_and_offset), 2)  # (J, K, W + 8)
-        self.bags = self.table.flatten(0, 1), torch.arange(J * K).int(), torch.arange(0, J * K, K).int()
-        self.ones = torch.ones(J, 1)
-
-    def row(self, x: Tensor) -> Tensor:
-        """The outputs (1, N) of one row, x (1, K)."""
-        weights = (self.ones * x).view(-1)  # x for each bag
-        y = torch.ops.quantized.embedding_bag_byte_rowwise_offsets(*self.bags, False, 0, False, weights, None, False)
-        return torch.addcmul(self.bias, y.view(1, -1)[:, : self.N], self.scales)
+        self.N, self.K = values.shape
+        blocks = F.pad(values, (0, -self.K % DEPTH, 0, -self.N % WIDTH)).view(-1, WIDTH, self.K + -self.K % DEPTH)
+        self.blocks = blocks.transpose(1, 2).contiguous()  # (J, K, WIDTH)
+        build_kernel()  # now, not in the time of the first token
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = x.reshape(-1, x.size(-1))
-        if len(rows) == 1:
-            y = self.row(rows)
-        elif len(rows) <= MAX_ROWS:
-            y = torch.cat([self.row(row) for row in rows.split(1)])
-        else:
-            y = rows @ (self.table[..., :-8].float() - 128)  # (J, B, W)
-            y = torch.addcmul(self.bias, y.transpose(0, 1).flatten(1)[:, : self.N], self.scales)
-        return y.view(*x.shape[:-1], self.N)
+        B, K, kernel = x.numel() // self.K, self.blocks.size(1), build_kernel()
+        if B > MAX_ROWS or kernel is None:
+            return self.multiply_in_float32(x)
+        x = F.pad(x, (0, K - self.K)) if K > self.K else x.contiguous()
+        y = torch.empty(*x.shape[:-1], self.N)
+        weights = self.blocks.data_ptr(), self.scales.data_ptr(), self.bias.data_ptr()
+        kernel(*weights, x.data_ptr(), y.data_ptr(), B, K, self.N)
+        return y
+
+    def multiply_in_float32(self, x: Tensor) -> Tensor:
+        weights = self.blocks.transpose(1, 2).flatten(0, 1)[: self.N, : self.K]
+        return torch.addcmul(self.bias, x @ weights.float().T, self.scales)
 
 
 def to_int8(net: nn.Module) -> None:
