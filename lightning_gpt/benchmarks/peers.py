@@ -3,19 +3,21 @@
     pip install ctranslate2 onnxruntime onnx transformers
     python -m lightning_gpt.benchmarks.peers
 
-All run in one process with the same number of threads, and draw at temperature 0.8 from the 200 most likely tokens.
-They take turns; the figures are medians. onnxruntime gets one token and the keys and values of the earlier ones at a
-time.
+All have the same number of threads, and draw at temperature 0.8 from the 200 most likely tokens. Each has a process of
+its own, as their thread pools slow one another; the processes take turns, and the figures are medians. onnxruntime gets
+one token and the keys and values of the earlier ones at a time.
 """
 
 import json
+import multiprocessing
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from copy import deepcopy
-from functools import partial
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -63,28 +65,25 @@ class OnnxStep(nn.Module):
     def forward(self, ids: Tensor, pos: Tensor, *past: Tensor) -> tuple[Tensor, ...]:
         x = self.net.wte(ids) + self.net.wpe(pos)
         caches = [GrowingCache(k, v) for k, v in zip(past[::2], past[1::2], strict=True)]
-        for block, cache in zip(self.net.h, caches, strict=True):
-            x = block(x, None, cache)
-        return self.net.logits(x)[:, -1], *(z for cache in caches for z in (cache.k, cache.v))
+        for block, layer in zip(self.net.h, caches, strict=True):
+            x = block(x, None, layer)
+        return self.net.logits(x)[:, -1], *(z for layer in caches for z in (layer.k, layer.v))
 
 
 def onnx_generator(net: GPT, folder: Path, int8: bool) -> Callable[..., Any]:
     """Returns a function that generates with onnxruntime; `int8` quantizes the matrix products dynamically."""
     past = [torch.zeros(1, 12, 5, 64) for _ in range(24)]
     names = [f"past{i}" for i in range(24)]
-    if not (file := folder / "step.onnx").exists():
-        args = torch.zeros(1, 1, dtype=torch.long), torch.zeros(1, dtype=torch.long), *past
-        out = ["logits", *(f"present{i}" for i in range(24))]
-        axes = {name: {2: "past"} for name in names}
-        torch.onnx.export(
-            OnnxStep(net),
-            args,
-            file,
-            input_names=["ids", "pos", *names],
-            output_names=out,
-            dynamic_axes=axes,
-            dynamo=False,
-        )
+    args = torch.zeros(1, 1, dtype=torch.long), torch.zeros(1, dtype=torch.long), *past
+    torch.onnx.export(
+        OnnxStep(net),
+        args,
+        file := folder / "step.onnx",
+        input_names=["ids", "pos", *names],
+        output_names=["logits", *(f"present{i}" for i in range(24))],
+        dynamic_axes={name: {2: "past"} for name in names},
+        dynamo=False,
+    )
     if int8:
         quantize_dynamic(file, file := folder / "int8.onnx")
     options = onnxruntime.SessionOptions()
@@ -103,11 +102,10 @@ def onnx_generator(net: GPT, folder: Path, int8: bool) -> Callable[..., Any]:
 
 def ctranslate2_generator(folder: Path, quantization: str) -> Callable[..., Any]:
     """Returns a function that generates with ctranslate2."""
-    if not (source := folder / "gpt2").exists():
-        GPT2LMHeadModel(GPT2Config()).save_pretrained(source)
-        tokens = {f"t{i}": i for i in range(50256)} | {"<|endoftext|>": 50256}
-        (source / "vocab.json").write_text(json.dumps(tokens), encoding="utf-8")
-        (source / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
+    GPT2LMHeadModel(GPT2Config()).save_pretrained(source := folder / "gpt2")
+    tokens = {f"t{i}": i for i in range(50256)} | {"<|endoftext|>": 50256}
+    (source / "vocab.json").write_text(json.dumps(tokens), encoding="utf-8")
+    (source / "merges.txt").write_text("#version: 0.2\n", encoding="utf-8")
     converter = ctranslate2.converters.TransformersConverter(str(source))
     path = converter.convert(str(folder / quantization), quantization=quantization, force=True)
     threads = torch.get_num_threads()
@@ -120,6 +118,34 @@ def ctranslate2_generator(folder: Path, quantization: str) -> Callable[..., Any]
     return generate
 
 
+PRECISIONS = {
+    "ours": ["float32", "float16", "int8"],
+    "ctranslate2": ["float32", "int8"],
+    "onnxruntime": ["float32", "int8"],
+}
+
+
+@cache
+def make_generator(name: str, precision: str) -> Callable[..., Any]:
+    """Returns a function that generates `max_new_tokens` tokens."""
+    torch.manual_seed(0)
+    if name == "ours":
+        start = torch.zeros(1, 1, dtype=torch.long)
+        return partial(generate_ids, in_precision(GPT(CONFIG).eval(), precision), start, **SAMPLING)
+    with tempfile.TemporaryDirectory() as folder:
+        if name == "ctranslate2":
+            return ctranslate2_generator(Path(folder), precision)
+        return onnx_generator(GPT(CONFIG).eval(), Path(folder), precision == "int8")
+
+
+def time_generation(name: str, precision: str, tokens: int) -> float:
+    """Returns the seconds for a text of this many tokens."""
+    generate = make_generator(name, precision)
+    since = time.perf_counter()
+    generate(max_new_tokens=tokens)
+    return time.perf_counter() - since
+
+
 def bench(tokens: int = 128, repeats: int = 5) -> None:
     """Print the tokens per second of each, and how many times faster our int8 is.
 
@@ -127,26 +153,19 @@ def bench(tokens: int = 128, repeats: int = 5) -> None:
         tokens: length of the text.
         repeats: turns of each; the first, a warm-up, is not counted.
     """
-    net, start = GPT(CONFIG).eval(), torch.zeros(1, 1, dtype=torch.long)
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        sides: dict[str, Callable[..., Any]] = {}
-        for precision in "float32", "float16", "int8":
-            each = in_precision(deepcopy(net), precision)
-            sides[f"ours, {precision}"] = partial(generate_ids, each, start, **SAMPLING)
-        for q in "float32", "int8":
-            sides[f"ctranslate2, {q}"] = ctranslate2_generator(folder, q)
-            sides[f"onnxruntime, {q}"] = onnx_generator(net, folder, q == "int8")
-        seconds: dict[str, list[float]] = {side: [] for side in sides}
+    sides = [(name, precision) for name, precisions in PRECISIONS.items() for precision in precisions]
+    with ExitStack() as stack:
+        spawn = multiprocessing.get_context("spawn")
+        workers = {side: stack.enter_context(ProcessPoolExecutor(1, spawn)) for side in sides}
+        seconds: dict[tuple[str, str], list[float]] = {side: [] for side in sides}
         for _ in range(repeats + 1):
-            for side, generate in sides.items():
-                since = time.perf_counter()
-                generate(max_new_tokens=tokens)
-                seconds[side].append(time.perf_counter() - since)
+            for side, worker in workers.items():
+                seconds[side].append(worker.submit(time_generation, *side, tokens).result())
     speed = {side: tokens / statistics.median(times[1:]) for side, times in seconds.items()}
     print(f"CPU, {torch.get_num_threads()} threads, GPT-2 124M, one text of {tokens} tokens: tokens/s")
-    for side, value in speed.items():
-        print(f"{side:24}{value:8.1f}   ours in int8 is {speed['ours, int8'] / value:.2f}x")
+    for (name, precision), value in speed.items():
+        ratio = speed["ours", "int8"] / value
+        print(f"{name + ', ' + precision:24}{value:8.1f}   ours in int8 is {ratio:.2f}x")
 
 
 if __name__ == "__main__":
