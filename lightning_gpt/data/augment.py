@@ -26,8 +26,13 @@ class NameAugmenter:
         capital = Counter(re.findall(r"(?<=[a-z,;] )[A-Z][a-z]{3,}\b", text))
         words |= {word.upper() for word, times in capital.items() if times > 1}
         self.names = sorted(words - {word.upper() for word in re.findall(r"\b[a-z]+\b", text)})
-        spellings = "|".join(spelling for name in self.names for spelling in (name, name.title()))
-        self.parts = re.split(rf"\b({spellings})\b", text) if self.names else [text]  # every second part is a name
+        spellings = {spelling for name in self.names for spelling in (name, name.title())}
+        matches = [m for m in re.finditer(r"\b[A-Za-z]{4,}\b", text) if m[0] in spellings]
+        self.parts, end = list[str](), 0  # every second part is a name
+        for m in matches:
+            self.parts += text[end : m.start()], m[0]
+            end = m.end()
+        self.parts.append(text[end:])
         self.next_letter = defaultdict(list)  # by the two letters before it; ^ marks a name's start, $ its end
         for name in self.names:
             for a, b, c in zip(f"^^{name}", f"^{name}$", f"{name}$ ", strict=False):
