@@ -27,7 +27,6 @@ from ..data.datamodule import TextDataModule
 from ..data.tokenizers import TokenIds
 from ..data.windows import RandomWindows
 from ..model.gpt import GPT
-from ..training.losses import features_loss
 from ..training.module import LanguageModel
 from ..training.monitoring import flops_per_token, peak_flops
 from ..training.optim import Muon
@@ -65,16 +64,14 @@ def bare_loop(lm: LanguageModel, windows: RandomWindows, device: torch.device, p
     optimizer = Muon(groups) if hp.optimizer == "muon" else torch.optim.AdamW(groups, fused=gpu, capturable=gpu)
     update_average = get_ema_multi_avg_fn(hp.ema_decay)
     autocast = torch.autocast(device.type, torch.bfloat16) if precision == "bf16-mixed" else nullcontext()
-    head_loss = features_loss
     if hp.compile:
         for block in net.h:
             block.compile(dynamic=False)
-        head_loss = torch.compile(head_loss, dynamic=False)
 
     def step(x: Tensor, y: Tensor) -> None:
         optimizer.zero_grad()
         with autocast:
-            loss = head_loss(net, net.features(x), y)
+            loss = lm.head_loss(net, net.features(x), y)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(net.parameters(), clip)
         optimizer.step()
@@ -163,6 +160,7 @@ class Bench(CLI):
         device, precision, hp = trainer.strategy.root_device, trainer.precision, datamodule.hparams
         lm, seconds_of = LanguageModel(**model.hparams), {"Trainer": timer.seconds}
         if trainer.world_size == 1:
+            lm.head_loss = model.head_loss  # compiled, if the model is
             windows = RandomWindows(datamodule.train_tokens, hp.block_size, hp.batch_size, hp.seed)
             clip = trainer.gradient_clip_val or math.inf
             seconds_of["bare loop"] = bare_loop(lm, windows, device, precision, clip, options.steps)

@@ -541,6 +541,13 @@ class LanguageModel(L.LightningModule):
         one_shape = getattr(t.datamodule, "fixed_shape", False)
         return self.device.type == "cuda" and one_message and one_batch and one_shape and our_optimizer
 
+    def can_fuse_loss(self) -> bool:
+        """Whether Triton can compute head and loss together, which pays for a large vocabulary on a GPU."""
+        hp, sharded = self.hparams, isinstance(self.trainer.strategy, FSDP2Strategy)
+        fp16 = str(self.trainer.precision).startswith("16")
+        plain = not self.teachers and not hp.logit_softcap and not sharded
+        return plain and self.device.type == "cuda" and hp.vocab_size >= 8192 and not fp16
+
     def on_train_start(self) -> None:
         if self.trainer.fit_loop.epoch_loop.restarting:
             # where a validation is due, Lightning's first iteration has no batch but counts a step for the loggers
@@ -554,7 +561,12 @@ class LanguageModel(L.LightningModule):
             blocks = [m for net in (self.net, *self.teachers) for m in net.modules() if isinstance(m, Block)]
             for block in blocks:
                 block.compile(dynamic=False)  # in place and one graph for all: the checkpoint's keys do not change
-            self.head_loss = torch.compile(features_loss, dynamic=False)
+            self.head_loss = features_loss
+            if self.can_fuse_loss():
+                from .triton_cross_entropy import fused_features_loss
+
+                self.head_loss = fused_features_loss
+            self.head_loss = torch.compile(self.head_loss, dynamic=False)
             if self.can_capture_steps():
                 self.captured = CapturedStep()
         if self.total_steps == math.inf and self.hparams.min_lr_ratio < 1 and self.scheduled_groups():
