@@ -16,7 +16,9 @@ import torch
 import yaml
 from conftest import TINY
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch.nn import functional as F
 
+from lightning_gpt import __version__
 from lightning_gpt.checkpoint.io import find_checkpoint, load_net, write_checkpoint
 from lightning_gpt.cli.config import CONFIGS
 from lightning_gpt.cli.main import main
@@ -69,6 +71,29 @@ def test_validate_needs_only_a_checkpoint(ckpt, run, capsys):
     main(["validate", "--ckpt_path", str(ckpt)])
     loss = scalars(run)[0]["val/loss"][-1][1]
     assert f"{loss:.5f}"[:-1] in capsys.readouterr().out
+
+
+def test_validate_takes_windows_that_are_shorter_than_in_training(ckpt, text_file, capsys, fails):
+    main(["validate", f"--ckpt_path={ckpt}", "--model.block_size=5"])
+    loss = float(re.search(r"val/loss[^\w\n]+([\d.]+)", capsys.readouterr().out).group(1))
+    net, tokenizer = load_net(ckpt)
+    text = text_file.read_text()
+    ids = tokenizer.encode(text[int(0.9 * len(text)) :])
+    windows = zip(ids[:-1].split(5), ids[1:].split(5), strict=True)
+    losses = [F.cross_entropy(net(x[None])[0], y, reduction="none") for x, y in windows]
+    assert torch.cat(losses).mean().item() == pytest.approx(loss, abs=1e-5)
+    for size in 0, 1000:
+        assert f"block_size={size} contradicts" in fails(
+            "validate", f"--ckpt_path={ckpt}", f"--model.block_size={size}"
+        )
+
+
+def test_the_process_ends_with_its_output_and_exit_functions():
+    code = "import atexit, sys; from lightning_gpt.cli.main import main; atexit.register(print, 'exit'); main()"
+    for args, status in (["--version"], 0), (["nonsense"], 2):
+        done = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True)
+        assert done.returncode == status
+        assert done.stdout.split("\n")[-2:] == ["exit", ""] and (status or __version__ in done.stdout)
 
 
 def test_a_run_can_be_repeated_from_its_config(run, tmp_path):

@@ -48,7 +48,7 @@ FIT = {
 }
 VALIDATE = {
     "": "config ckpt_path",
-    "model": "compile",
+    "model": "block_size compile",
     "data": "corpus token_files on_unknown batch_size",
     "trainer": "accelerator devices precision limit_val_batches",
 }

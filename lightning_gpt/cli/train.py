@@ -200,8 +200,13 @@ class CLI(LightningCLI):
                 config.trainer[key] = [entry for entry in restored if entry.class_path not in classes] + entries
         if config.data.on_unknown == "extend" == checkpoint["datamodule_hyper_parameters"].get("on_unknown"):
             config.data.on_unknown = "error"  # the vocabulary has been extended
-        # ... except for those that must not differ
+        # ... except for those that must not differ; validation may use shorter windows
+        window = config.model.block_size
+        if shorter := command != "fit" and 0 < window < settings["model"]["block_size"]:
+            config.model.block_size, config.data.block_size = (settings[k]["block_size"] for k in ("model", "data"))
         check_overrides(command, config, settings, path)
+        if shorter:
+            config.data.block_size = window
         check_paths(config.data, settings)
         if command == "fit" and (missing := [name for name in missing if config.trainer[name] in (None, "auto")]):
             print_info(
