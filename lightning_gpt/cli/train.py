@@ -181,40 +181,7 @@ class CLI(LightningCLI):
             settings = run_settings(checkpoint, command, self.model_class, self.data_class)
         except ValueError as error:
             raise ValueError(f"the settings in the checkpoint {path} are invalid: {error}") from None
-        with_classes: dict[str, Any] = {}
-        missing: list[str] = []
-        given = {key: self.config[command].trainer[key] for key in ("callbacks", "logger")}
-        if command == "fit":
-            with_classes, missing = class_settings(path, checkpoint, self.config.fit.trainer.default_root_dir)
-        # the checkpoint's settings come first, so that configs and flags override them ...
-        i, base = args.index(command) + 1, settings | {"trainer": settings["trainer"] | with_classes}
-        self.config = parser.parse_args(
-            [*args[:i], f"--config={to_quoted_yaml(base)}", *args[i:], f"--ckpt_path={path}"]
-        )
-        config = self.config[command]
-        fill_from_checkpoint(config, settings)
-        for key, entries in given.items():  # appended to the run's: drop those given again
-            if isinstance(entries, list) and 0 < len(entries) < len(config.trainer[key]):
-                classes = {entry.class_path for entry in entries}
-                restored = config.trainer[key][: -len(entries)]
-                config.trainer[key] = [entry for entry in restored if entry.class_path not in classes] + entries
-        if config.data.on_unknown == "extend" == checkpoint["datamodule_hyper_parameters"].get("on_unknown"):
-            config.data.on_unknown = "error"  # the vocabulary has been extended
-        # ... except for those that must not differ; validation may use shorter windows
-        window = config.model.block_size
-        if shorter := command != "fit" and 0 < window < settings["model"]["block_size"]:
-            config.model.block_size, config.data.block_size = (settings[k]["block_size"] for k in ("model", "data"))
-        check_overrides(command, config, settings, path)
-        if shorter:
-            config.data.block_size = window
-        check_paths(config.data, settings)
-        if command == "fit" and (missing := [name for name in missing if config.trainer[name] in (None, "auto")]):
-            print_info(
-                f"the run had trainer.{' and trainer.'.join(missing)}, which name classes and are not restored from "
-                "checkpoints: give --config with the config.yaml of the run's folder to restore them"
-            )
-        if command == "fit" and settings["model"].get("ema_decay") and not config.model.ema_decay:
-            print_info("model.ema_decay=0: training resumes from the raw weights, and their average is dropped")
+        config = self.override_settings(parser, args, command, path, checkpoint, settings)
         for other in self.other_paths:
             check_same_text((path, other), (checkpoint, read_checkpoint(other)))
             self.other_nets += (load_net(other)[0],)
@@ -231,6 +198,49 @@ class CLI(LightningCLI):
                 f"the checkpoint {path} is at step {checkpoint['global_step']}, so trainer.max_steps={steps} leaves "
                 "nothing to do: give a larger number"
             )
+
+    def override_settings(
+        self, parser, args: list[str], command: str, path: Path, checkpoint: dict[str, Any], settings: dict[str, Any]
+    ) -> Any:
+        """Parses again with the checkpoint's settings first, so that configs and flags override them; returns both.
+
+        Raises:
+            ValueError: one overrides what must not differ.
+        """
+        with_classes: dict[str, Any] = {}
+        missing: list[str] = []
+        given = {key: self.config[command].trainer[key] for key in ("callbacks", "logger")}
+        if command == "fit":
+            with_classes, missing = class_settings(path, checkpoint, self.config.fit.trainer.default_root_dir)
+        i, base = args.index(command) + 1, settings | {"trainer": settings["trainer"] | with_classes}
+        self.config = parser.parse_args(
+            [*args[:i], f"--config={to_quoted_yaml(base)}", *args[i:], f"--ckpt_path={path}"]
+        )
+        config = self.config[command]
+        fill_from_checkpoint(config, settings)
+        for key, entries in given.items():  # appended to the run's: drop those given again
+            if isinstance(entries, list) and 0 < len(entries) < len(config.trainer[key]):
+                classes = {entry.class_path for entry in entries}
+                restored = config.trainer[key][: -len(entries)]
+                config.trainer[key] = [entry for entry in restored if entry.class_path not in classes] + entries
+        if config.data.on_unknown == "extend" == checkpoint["datamodule_hyper_parameters"].get("on_unknown"):
+            config.data.on_unknown = "error"  # the vocabulary has been extended
+        # validation may use shorter windows
+        window = config.model.block_size
+        if shorter := command != "fit" and 0 < window < settings["model"]["block_size"]:
+            config.model.block_size, config.data.block_size = (settings[k]["block_size"] for k in ("model", "data"))
+        check_overrides(command, config, settings, path)
+        if shorter:
+            config.data.block_size = window
+        check_paths(config.data, settings)
+        if command == "fit" and (missing := [name for name in missing if config.trainer[name] in (None, "auto")]):
+            print_info(
+                f"the run had trainer.{' and trainer.'.join(missing)}, which name classes and are not restored from "
+                "checkpoints: give --config with the config.yaml of the run's folder to restore them"
+            )
+        if command == "fit" and settings["model"].get("ema_decay") and not config.model.ema_decay:
+            print_info("model.ema_decay=0: training resumes from the raw weights, and their average is dropped")
+        return config
 
     def start_from_weights(self, parser, args: list[str]) -> None:
         path = find_or_packaged(self.config.fit.model.init_from)
