@@ -40,8 +40,8 @@ def build_kernel() -> Any:
                 function.argtypes, function.restype = [ctypes.c_void_p] * 5 + [ctypes.c_int64] * 3, None
                 return function
     warn_once(
-        f"there is no C++ compiler ({errors[0]}), so int8 weights are multiplied in float32, more slowly: install g++ "
-        "or clang, or set CXX to one"
+        f"the kernel for int8 weights can't be compiled ({errors[0]}), so they are multiplied in float32, more slowly: "
+        "install g++ or clang, or set CXX to a C++ compiler"
     )
     return None
 
