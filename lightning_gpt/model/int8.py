@@ -25,7 +25,7 @@ MAX_ROWS = 32  # more of x at once are faster in float32
 
 @cache
 def build_kernel() -> Any:
-    """The function of int8_linear.cpp, compiled for this CPU in half a second; None without a C++ compiler."""
+    """The function of int8_linear.cpp, compiled for this CPU in 0.2 s; None without a C++ compiler."""
     compiler, errors = shlex.split(os.environ.get("CXX", "c++")), []
     with tempfile.TemporaryDirectory() as folder:
         library = Path(folder, "int8_linear.so")
