@@ -296,10 +296,21 @@ class CLI(LightningCLI):
             if given.strategy == "auto":
                 kwargs["strategy"] = "ddp_flat"
         kwargs["callbacks"] = callbacks + given_callbacks
+        trainer = self.build_trainer(given, **kwargs)
+        check_launcher(trainer)
+        check_world_size(trainer)
+        return trainer
+
+    def build_trainer(self, given: Any, **kwargs) -> L.Trainer:
+        """Builds the Trainer.
+
+        Raises:
+            ValueError: the settings `given` don't fit together or this machine; the message is one sentence.
+        """
         if given.profiler == "xla" and find_spec("torch_xla") is None:
             raise ValueError("trainer.profiler=xla needs the package torch_xla, which is not installed")
         try:
-            trainer = super().instantiate_trainer(**kwargs)
+            return super().instantiate_trainer(**kwargs)
         except ModuleNotFoundError as error:  # a precision, strategy or logger needs a package
             raise ValueError(
                 f"trainer.precision={given.precision} with trainer.strategy={given.strategy}: "
@@ -318,9 +329,6 @@ class CLI(LightningCLI):
                 f"{given.devices}, trainer.strategy={given.strategy} and the other settings: "
                 f"{' '.join(str(error).split())[:300]}"
             ) from None
-        check_launcher(trainer)
-        check_world_size(trainer)
-        return trainer
 
     def before_instantiate_classes(self) -> None:
         if "WandbLogger" in str(self.config[self.config.subcommand].trainer.logger):
