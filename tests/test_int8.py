@@ -21,9 +21,10 @@ from lightning_gpt.model.int8 import MAX_ROWS, Int8Linear, build_kernel, quantiz
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(("K", "N"), [(40, 1), (40, 64), (41, 65), (47, 384)])
 @pytest.mark.parametrize("compiler", ["c++", "no compiler"])
-def test_a_layer_multiplies_by_its_dequantized_weights(K, N, bias, compiler, monkeypatch, capsys):
+def test_a_layer_multiplies_by_its_dequantized_weights(K, N, bias, compiler, monkeypatch, capsys, request):
     monkeypatch.setenv("CXX", compiler)
     build_kernel.cache_clear()
+    request.addfinalizer(build_kernel.cache_clear)  # other tests have a compiler
     warn_once.cache_clear()
     torch.manual_seed(N)
     linear = nn.Linear(K, N, bias=bias)

@@ -71,15 +71,15 @@ class Int8Linear(nn.Module):
         B, K, kernel = x.numel() // self.K, self.blocks.size(1), build_kernel()
         if B > MAX_ROWS or kernel is None:
             return self.multiply_in_float32(x)
-        x = F.pad(x, (0, K - self.K)) if K > self.K else x.contiguous()
-        y = torch.empty(*x.shape[:-1], self.N)
+        x = (F.pad(x, (0, K - self.K)) if K > self.K else x).float().contiguous()
+        y = x.new_empty(*x.shape[:-1], self.N)
         weights = self.blocks.data_ptr(), self.scales.data_ptr(), self.bias.data_ptr()
         kernel(*weights, x.data_ptr(), y.data_ptr(), B, K, self.N)
         return y
 
     def multiply_in_float32(self, x: Tensor) -> Tensor:
         weights = self.blocks.transpose(1, 2).flatten(0, 1)[: self.N, : self.K]
-        return torch.addcmul(self.bias, x @ weights.float().T, self.scales)
+        return torch.addcmul(self.bias, x.float() @ weights.float().T, self.scales)
 
 
 def to_int8(net: nn.Module) -> None:
