@@ -96,6 +96,15 @@ def test_the_process_ends_with_its_output_and_exit_functions():
         assert done.stdout.split("\n")[-2:] == ["exit", ""] and (status or __version__ in done.stdout)
 
 
+def test_training_imports_no_package_that_torchmetrics_could_use(tmp_path):
+    for name in "matplotlib", "scipy", "transformers":
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('imported ' + __name__)")
+    command = [sys.executable, "-m", "lightning_gpt", "fit", "--config", "laptop", "--print_config"]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+
+
 def test_a_run_can_be_repeated_from_its_config(run, tmp_path):
     main(["fit", "--config", str(run / "config.yaml"), "--trainer.default_root_dir", str(tmp_path)])
     first, again = (scalars(folder)[0]["val/loss"] for folder in (run, tmp_path / "tiny" / "version_0"))

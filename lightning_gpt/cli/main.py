@@ -150,8 +150,9 @@ def main(args: list[str] | None = None) -> None:
 
 def exit_process() -> None:
     """End the process as Python does, but without searching PyTorch and Lightning for cycles, which takes a second."""
-    if inductor := sys.modules.get("torch._inductor.async_compile"):
-        atexit.unregister(inductor.shutdown_compile_workers)  # they end with this process; waiting takes seconds
+    inductor = sys.modules.get("torch._inductor.async_compile")
+    if shutdown := getattr(inductor, "shutdown_compile_workers", None):
+        atexit.unregister(shutdown)  # the workers end with this process, and waiting for them takes seconds
     atexit._run_exitfuncs()
     try:
         sys.stdout.flush(), sys.stderr.flush()
