@@ -543,10 +543,10 @@ class LanguageModel(L.LightningModule):
 
     def can_fuse_loss(self) -> bool:
         """Whether Triton can compute head and loss together, which pays for a large vocabulary on a GPU."""
-        hp, sharded = self.hparams, isinstance(self.trainer.strategy, FSDP2Strategy)
-        fp16 = str(self.trainer.precision).startswith("16")
-        plain = not self.teachers and not hp.logit_softcap and not sharded
-        return plain and self.device.type == "cuda" and hp.vocab_size >= 8192 and not fp16
+        hp, t = self.hparams, self.trainer
+        plain = not self.teachers and not hp.logit_softcap and hp.vocab_size >= 8192
+        sharded = isinstance(t.strategy, FSDP2Strategy)
+        return plain and self.device.type == "cuda" and t.precision != "16-mixed" and not sharded
 
     def on_train_start(self) -> None:
         if self.trainer.fit_loop.epoch_loop.restarting:
